@@ -1,0 +1,1 @@
+"""Ossature: the open training stack for gpt-oss models."""

@@ -1,0 +1,247 @@
+"""Every knob of a run, on one page.  No torch here: `--help` and typos answer at once.
+
+A run file (TOML) is flags written down: `parse` turns it into command-line arguments, so files
+and flags have one parser and one set of errors, and a later value wins over an earlier one.
+No option is a union or a group that may be absent: a feature is off when its number is zero.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Literal, TypeVar, get_type_hints
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: Path | None = None
+    """Folder made by `ossature data build`, or a prefix with .bin and .idx."""
+    blend: tuple[str, ...] = ()
+    """Several corpora: "path path ..." or "weight path weight path ..."; instead of path."""
+    split: str = ""
+    """Shares of the documents for training, validation, test, such as "9999,8,2"; empty takes
+    the split stored in the data folder."""
+    seq_len: int = 4096
+    """Tokens in one row."""
+    mock: bool = False
+    """Random tokens (Zipf) instead of a corpus; only ever when asked for here."""
+    separate_documents: bool = True
+    """Tokens attend within their own document only; positions restart with each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 3e-5
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    """Steps of the decay; 0 decays until the last step (wsd: over the last fifth)."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """wsd: warm-up, stable, then linear decay."""
+    weight_decay: float = 0.1
+    """On matrices only: never on norms, biases, sinks and the embedding."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    """Greatest global norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    aux_loss: float = 0.0
+    """Coefficient of the load-balancing loss.  The 0.9 of the published config.json is never
+    adopted: balance is already worth num_experts_per_tok, so it would add 3.6 to the loss."""
+    z_loss: float = 0.0
+    """Coefficient of mean(logsumexp(router logits) ** 2)."""
+    bias_update_rate: float = 0.0
+    """Step of the aux-loss-free balancing bias (arXiv 2408.15664).  Pretraining only: exported
+    formats have no place for the bias, so it is annealed to zero over the last steps."""
+    bias_anneal_steps: int = 100
+    """Last steps of a run, over which the balancing bias shrinks linearly to zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every_steps: int = 0
+    """Validation every so many steps; 0 never."""
+    tokens: int = 2**16
+    """Size of the fixed validation set, in tokens, rounded up to whole rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    every_steps: int = 0
+    """Sample text every so many steps; 0 never."""
+    prompts: tuple[str, ...] = ("def ",)
+    max_new_tokens: int = 64
+    temperature: float = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 0
+    """Save every so many steps; 0 only at the end."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk; 0 keeps all."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """world = pp x dp_replicate x dp_shard x cp x tp; ep x etp divides dp_shard x cp x tp."""
+
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Copies of the model."""
+    dp_shard: int = 0
+    """Ranks that share the weights of one copy (FSDP); 0 takes the ranks left over."""
+    cp: int = 1
+    """Ranks that share each sequence."""
+    tp: int = 1
+    """Ranks that share each head and each vocabulary row."""
+    ep: int = 1
+    """Ranks that share the experts."""
+    etp: int = 1
+    """Ranks that share the inner dimension of each expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every_steps: int = 1
+    """Progress line every so many steps; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    wandb_project: str = ""
+    """Weights & Biases project (needs ossature[wandb]); empty does not log there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    run: Path
+    """Folder for checkpoints, metrics and the resolved copy of this config."""
+    model: str = "debug"
+    """"debug", "20b", "120b", or the path of a config.json."""
+    init: Path | None = None
+    """Checkpoint to start from, in any format; none starts from random weights."""
+    steps: int = 1000
+    """Optimizer steps."""
+    seed: int = 1234
+    """Of the initial weights and of the order of the data."""
+    global_batch_tokens: int = 2**19
+    """Tokens per optimizer step, over all ranks and micro-batches."""
+    micro_batch_tokens: int = 2**14
+    """Tokens one rank holds in one forward pass."""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """Of the computation; master weights, optimizer and reductions are fp32 throughout."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing.  selective keeps matrix products, experts and attention."""
+    compile: bool = False
+    """torch.compile each block."""
+    deterministic: bool = False
+    """Only deterministic kernels; an operation without one raises."""
+    gc_every_steps: int = 100
+    """Python's garbage collector runs only then, at the same step on every rank; 0: automatic."""
+    max_skipped_steps: int = 20
+    """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    resume: bool = True
+    """Go on from the newest checkpoint in `run`; false refuses a folder that has one."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        rows, micro, whole = self.data.seq_len, self.micro_batch_tokens, self.global_batch_tokens
+        for name, value in [("data.seq_len", rows), ("micro_batch_tokens", micro),
+                            ("global_batch_tokens", whole), ("steps", self.steps)]:  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+        if micro % rows:
+            raise ValueError(
+                f"micro_batch_tokens ({micro}) must be a multiple of data.seq_len ({rows})"
+            )
+        if whole % micro:
+            raise ValueError(
+                f"global_batch_tokens ({whole}) must be a multiple of micro_batch_tokens ({micro})"
+            )
+        sources = (self.data.path is not None) + bool(self.data.blend) + self.data.mock
+        if sources != 1:
+            raise ValueError(
+                "data: give exactly one of data.path, data.blend and data.mock "
+                f"({sources} are given)"
+            )
+
+
+def flags(table: dict, prefix: str = "--") -> Iterator[str]:
+    """The command-line arguments that say the same as a TOML table."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flags(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+def parse(config: type[Config], argv: list[str], prog: str | None = None) -> Config:
+    """Parse `[run.toml] [--key value ...]`; a later value wins over an earlier one.
+
+    Raises:
+        ValueError: a file that is missing or not TOML, an unknown key, or values that contradict
+            each other; the message names file and key.
+    """
+    import tyro  # 0.1 s, and only commands with a config need it
+
+    if argv and argv[0].endswith(".toml"):
+        argv = [*_file_flags(config, Path(argv[0])), *argv[1:]]
+    return tyro.cli(config, args=argv, prog=prog, config=(tyro.conf.FlagConversionOff,))
+
+
+def _file_flags(config: type, path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such run file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    known = set(_keys(config))
+    for key in _written(table):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{path}: unknown key {key}{hint}")
+    return list(flags(table))
+
+
+def _written(table: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _written(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _keys(config: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(config, vars(sys.modules[config.__module__]))
+    for entry in fields(config):
+        if is_dataclass(hints[entry.name]):
+            yield from _keys(hints[entry.name], f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{entry.name}"
