@@ -1,0 +1,259 @@
+"""Experts on tokens sorted by expert: one matrix product per expert or one grouped product.
+
+Nothing is materialised per token: no weights, and one row of output per chosen expert.  What the
+backward pass keeps is the rows and the two halves of the pre-activation; the activation is
+computed again.  The routing weight is folded into the activation before the down projection,
+
+    weight * (act @ down.T + bias) = (weight * act) @ down.T + weight * bias,
+
+so that its gradient needs no copy of the output.
+
+`grouped_experts` is a custom operator: activation checkpointing can name it, and the split sizes
+it needs on the host (CPU only) do not break a compiled graph.  The eager twin is `eager_experts`
+of `ossature.model.moe`; tests/model/test_moe.py ties them, gradients included.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Order of the (token, choice) pairs by expert, and the number of rows of each expert.
+
+    Args:
+        chosen: (tokens, k) experts of each token.
+
+    Returns:
+        order: (tokens * k,); row r of the sorted rows is pair order[r] of chosen.flatten().
+        counts: (experts,) int64.
+    """
+    flat = chosen.flatten()
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=experts)
+
+
+def dispatch(x: Tensor, order: Tensor, k: int) -> Tensor:
+    """Rows in the order of their experts: (tokens, hidden) -> (tokens * k, hidden)."""
+    return _Dispatch.apply(x, order, k)
+
+
+def combine(rows: Tensor, order: Tensor, k: int) -> Tensor:
+    """Sum of the k rows of each token; the adjoint of `dispatch`."""
+    return _Combine.apply(rows, order, k)
+
+
+def grouped_experts(
+    rows: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """Clamped SwiGLU experts on sorted rows, times the routing weights.
+
+    Args:
+        rows: (rows, hidden), sorted by expert; weights: (rows,).
+        counts: (experts,) rows of each expert; on CUDA it is never read on the host.
+        gate_up_weight: (experts, 2 * inner, hidden), rows alternate gate, up.
+        down_weight: (experts, hidden, inner).
+    """
+    return torch.ops.ossature.experts(
+        rows, weights, counts, gate_up_weight, gate_up_bias, down_weight, down_bias, alpha, limit
+    )[0]
+
+
+def _gather_sum(rows: Tensor, order: Tensor, k: int) -> Tensor:
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return rows[place].unflatten(0, (-1, k)).sum(1)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx, drows: Tensor):
+        return _gather_sum(drows, *ctx.saved_tensors, ctx.k), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.k = k
+        return _gather_sum(rows, order, k)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (order,) = ctx.saved_tensors
+        return dy[order // ctx.k], None, None
+
+
+@torch.library.custom_op("ossature::experts", mutates_args=())
+def _experts(
+    rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor,
+    down_weight: Tensor, down_bias: Tensor, alpha: float, limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output rows, gate and up; in one grouped product each, without a look at the counts."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    expert = _expert_of_rows(counts, len(rows))
+    gate_up = F.grouped_mm(rows, gate_up_weight.mT, offs=ends) + gate_up_bias[expert]
+    gate, up = gate_up[:, 0::2].contiguous(), gate_up[:, 1::2].contiguous()
+    inner = _activate(gate, up, alpha, limit).mul_(weights[:, None])
+    out = F.grouped_mm(inner, down_weight.mT, offs=ends)
+    return out.add_(down_bias[expert] * weights[:, None]), gate, up
+
+
+@_experts.register_kernel("cpu")
+def _(
+    rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor,
+    down_weight: Tensor, down_bias: Tensor, alpha: float, limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    inner_size = down_weight.shape[2]
+    gate, up = rows.new_empty(len(rows), inner_size), rows.new_empty(len(rows), inner_size)
+    out = torch.empty_like(rows)
+    for expert, span in _spans(counts):
+        # Every second row of gate_up is the gate's: a stride, not a copy.
+        torch.addmm(
+            gate_up_bias[expert, 0::2], rows[span], gate_up_weight[expert, 0::2].mT, out=gate[span]
+        )
+        torch.addmm(
+            gate_up_bias[expert, 1::2], rows[span], gate_up_weight[expert, 1::2].mT, out=up[span]
+        )
+        weight = weights[span, None]
+        inner = _activate(gate[span], up[span], alpha, limit).mul_(weight)
+        torch.mm(inner, down_weight[expert].mT, out=out[span])
+        out[span].addcmul_(down_bias[expert], weight)
+    return out, gate, up
+
+
+@torch.library.custom_op("ossature::experts_backward", mutates_args=())
+def _experts_backward(
+    dout: Tensor, rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor,
+    gate_up_bias: Tensor, down_weight: Tensor, down_bias: Tensor, gate: Tensor, up: Tensor,
+    alpha: float, limit: float, frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of rows, weights and the four parameters (empty ones if the experts are frozen)."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    expert = _expert_of_rows(counts, len(rows))
+    inner = _activate(gate, up, alpha, limit)
+    dinner = F.grouped_mm(dout, down_weight, offs=ends)
+    dweights = (dinner * inner).sum(-1) + (dout * down_bias[expert]).sum(-1)
+    weight = weights[:, None]
+    dgate, dup = _activate_backward(dinner.mul_(weight), gate, up, alpha, limit)
+    dgate_up = torch.stack([dgate, dup], dim=-1).flatten(1)
+    drows = F.grouped_mm(dgate_up, gate_up_weight, offs=ends)
+    if frozen:
+        return drows, dweights, *(rows.new_empty(0) for _ in range(4))
+    dgate_up_weight = F.grouped_mm(dgate_up.mT, rows, offs=ends)
+    dgate_up_bias = torch.zeros_like(gate_up_bias).index_add_(0, expert, dgate_up)
+    ddown_weight = F.grouped_mm(dout.mT, inner.mul_(weight), offs=ends)
+    ddown_bias = torch.zeros_like(down_bias).index_add_(0, expert, dout * weight)
+    return drows, dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
+
+
+@_experts_backward.register_kernel("cpu")
+def _(
+    dout: Tensor, rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor,
+    gate_up_bias: Tensor, down_weight: Tensor, down_bias: Tensor, gate: Tensor, up: Tensor,
+    alpha: float, limit: float, frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    drows, dweights = torch.empty_like(rows), torch.empty_like(weights)
+    parameters = gate_up_weight, gate_up_bias, down_weight, down_bias
+    dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias = (
+        rows.new_empty(0) if frozen else torch.zeros_like(x) for x in parameters
+    )
+    for expert, span in _spans(counts):
+        dout_e, weight = dout[span], weights[span, None]
+        inner = _activate(gate[span], up[span], alpha, limit)
+        dinner = dout_e @ down_weight[expert]
+        dweights[span] = (dinner * inner).sum(-1) + dout_e @ down_bias[expert]
+        dgate, dup = _activate_backward(
+            dinner.mul_(weight), gate[span], up[span], alpha, limit
+        )
+        torch.mm(dgate, gate_up_weight[expert, 0::2], out=drows[span])
+        drows[span].addmm_(dup, gate_up_weight[expert, 1::2])
+        if frozen:
+            continue
+        for half, part in enumerate((dgate, dup)):
+            dgate_up_weight[expert, half::2] = part.mT @ rows[span]
+            dgate_up_bias[expert, half::2] = part.sum(0)
+        torch.mm(dout_e.mT, inner.mul_(weight), out=ddown_weight[expert])
+        ddown_bias[expert] = weights[span] @ dout_e
+    return drows, dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
+
+
+@_experts.register_fake
+def _(rows, weights, counts, gate_up_weight, gate_up_bias, down_weight, down_bias, alpha, limit):
+    inner = rows.new_empty(rows.shape[0], down_weight.shape[2])
+    return torch.empty_like(rows), inner, torch.empty_like(inner)
+
+
+@_experts_backward.register_fake
+def _(
+    dout, rows, weights, counts, gate_up_weight, gate_up_bias, down_weight, down_bias, gate, up,
+    alpha, limit, frozen,
+):  # fmt: skip
+    parameters = gate_up_weight, gate_up_bias, down_weight, down_bias
+    grads = (rows.new_empty(0) if frozen else torch.empty_like(x) for x in parameters)
+    return torch.empty_like(rows), torch.empty_like(weights), *grads
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.alpha, ctx.limit = inputs
+    _, gate, up = output
+    ctx.save_for_backward(*tensors, gate, up)
+
+
+def _gradient(ctx, dout, _dgate, _dup):
+    rows, weights, counts, *parameters, gate, up = ctx.saved_tensors
+    frozen = not any(ctx.needs_input_grad[3:7])
+    drows, dweights, *dparameters = _experts_backward(
+        dout.contiguous(), rows, weights, counts, *parameters, gate, up, ctx.alpha, ctx.limit,
+        frozen,
+    )  # fmt: skip
+    if frozen:
+        dparameters = [None] * 4
+    return drows, dweights, None, *dparameters, None, None
+
+
+_experts.register_autograd(_gradient, setup_context=_save)
+
+
+def _activate(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    """As `ossature.model.moe.swiglu`, on the two halves."""
+    act = F.silu(gate.clamp(max=limit).mul_(alpha), inplace=True)
+    return act.mul_(up.clamp(-limit, limit).add_(1)).div_(alpha)
+
+
+def _activate_backward(
+    dinner: Tensor, gate: Tensor, up: Tensor, alpha: float, limit: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; a clamp passes its gradient where it lets the value pass."""
+    scaled = gate.clamp(max=limit).mul_(alpha)
+    shifted = up.clamp(-limit, limit).add_(1).mul_(dinner)
+    dgate = torch.ops.aten.silu_backward(shifted, scaled).masked_fill_(gate > limit, 0)
+    dup = F.silu(scaled, inplace=True).mul_(dinner).div_(alpha)
+    return dgate, dup.masked_fill_(up.abs() > limit, 0)
+
+
+def _spans(counts: Tensor) -> list[tuple[int, slice]]:
+    """The rows of every expert that has any."""
+    spans, start = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            spans.append((expert, slice(start, start + count)))
+        start += count
+    return spans
+
+
+def _expert_of_rows(counts: Tensor, rows: int) -> Tensor:
+    return torch.repeat_interleave(counts, output_size=rows)

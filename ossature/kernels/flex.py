@@ -1,0 +1,56 @@
+"""Attention with sinks on CUDA: FlexAttention under torch.compile, and its logsumexp.
+
+FlexAttention is the one kernel of torch that carries the gradient through its logsumexp, so the
+plain formula out * sigmoid(lse - sink) is exact here, sinks' gradient included.  The logsumexp,
+the sinks and the factor stay fp32.  FlexAttention has no backward on CPU: the tests compare its
+forward there, and the gradients on a GPU (tests/kernels/test_flex.py).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
+
+
+def flex_attend(
+    q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, block_mask: BlockMask
+) -> Tensor:
+    """As `ossature.model.attention.attend`, with a block mask in place of the mask.
+
+    Args:
+        q: (batch, seq, heads, head_dim); k and v: (batch, seq, kv_heads, head_dim).
+        sinks: (heads,).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, aux = _flex(q.device.type)(
+        q, k, v, block_mask=block_mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
+    )
+    kept = torch.sigmoid(aux.lse.float() - sinks.float()[:, None])  # (batch, heads, seq)
+    return (out * kept[..., None]).to(out.dtype).transpose(1, 2)
+
+
+def flex_mask(run: Tensor, window: int | None) -> BlockMask:
+    """Causal, within a document, within the window.
+
+    Args:
+        run: (batch, seq) number of the document of each token.
+        window: tokens a query sees, its own included; None sees the whole document.
+    """
+
+    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (key <= query) & (run[batch, query] == run[batch, key])
+        return seen if window is None else seen & (query - key < window)
+
+    batch, seq = run.shape
+    return create_block_mask(visible, batch, None, seq, seq, device=run.device.type)
+
+
+@functools.cache
+def _flex(device_type: str):
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention

@@ -1,0 +1,138 @@
+"""The gpt-oss network: embedding, blocks, norm, head.  It knows no ranks and no files."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ossature.kernels.cross_entropy import linear_cross_entropy
+from ossature.kernels.norm import rms_norm
+from ossature.model.attention import Attention, Form, Layout
+from ossature.model.config import ModelConfig
+from ossature.model.init import initial_weight
+from ossature.model.moe import MoE, RouterLog, RouterStatistics
+from ossature.model.rope import Rotation, rotation
+
+
+class Transformer(nn.Module):
+    """gpt-oss for training and sampling.
+
+    Args:
+        attention_form, moe_form: "fast", or "eager" for the specification; both compute the same.
+
+    Built on the meta device it holds no memory and no weights; elsewhere it is initialised with
+    seed 0.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, attention_form: Form = "fast", moe_form: Form = "fast"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        # Keyed by number, so that a pipeline stage keeps the names of its blocks.
+        self.blocks = nn.ModuleDict(
+            {
+                str(layer): Block(config, layer, attention_form, moe_form)
+                for layer in range(config.num_hidden_layers)
+            }
+        )
+        self.norm = RMSNorm(config)
+        self.lm_head = Head(config)
+        if not self.lm_head.weight.is_meta:
+            self.init_weights(seed=0)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        *,
+        position: Int[Tensor, "batch seq"] | None = None,
+        document: Int[Tensor, "batch seq"] | None = None,
+        targets: Int[Tensor, "batch seq"] | None = None,
+        router_log: RouterLog | None = None,
+    ) -> Float[Tensor, "batch seq vocab"] | Float[Tensor, ""]:
+        """Logits; or, with targets, the sum of the cross-entropy over the counted ones, in fp32.
+
+        Args:
+            position: RoPE positions; default 0, 1, ..., restarting where `document` changes.
+            document: ids of the documents of a packed row; no token sees another document.
+                A negative id marks padding, which router statistics leave out.
+            targets: the token to predict from each place, already shifted; -100 is not counted.
+            router_log: filled with the statistics of every layer.
+        """
+        if document is None:
+            document = torch.zeros_like(tokens)
+        layout = Layout(document)
+        turn = rotation(self.config, layout.position if position is None else position)
+        counted = None if router_log is None else document >= 0
+        x = self.embedding(tokens)
+        for block in self.blocks.values():
+            x, statistics = block(x, turn, layout, counted)
+            if router_log is not None:
+                router_log.layers.append(statistics)
+        return self.lm_head(self.norm(x), targets)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw every weight from a generator of its own, seeded with its name."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_weight(self.config, name, parameter.shape, seed))
+
+
+class Block(nn.Module):
+    def __init__(
+        self, config: ModelConfig, layer: int, attention_form: Form, moe_form: Form
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, layer, attention_form)
+        self.moe_norm = RMSNorm(config)
+        self.moe = MoE(config, moe_form)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        turn: Rotation,
+        layout: Layout,
+        counted: Bool[Tensor, "batch seq"] | None,
+    ) -> tuple[Float[Tensor, "batch seq hidden"], RouterStatistics | None]:
+        x = x + self.attention(self.attention_norm(x), turn, layout)
+        y, statistics = self.moe(self.moe_norm(x), counted)
+        return x + y, statistics
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+        return nn.functional.embedding(tokens, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the weight is multiplied in fp32, before the cast."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Head(nn.Module):
+    """Logits of the next token; or their cross-entropy, without ever holding all of them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(
+        self, x: Float[Tensor, "batch seq hidden"], targets: Int[Tensor, "batch seq"] | None
+    ) -> Float[Tensor, "batch seq vocab"] | Float[Tensor, ""]:
+        if targets is None:
+            return nn.functional.linear(x, self.weight)
+        return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
