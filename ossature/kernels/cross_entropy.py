@@ -10,7 +10,10 @@ tests/kernels/test_cross_entropy.py ties it to torch's cross_entropy on whole lo
 import torch
 from torch import Tensor
 
-_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}  # 64 MiB and 1 GiB in fp32
+# Logits that exist at a time, in the dtype of the matrices; and those of them that are widened to
+# fp32 at a time, few enough for a CPU's cache.
+_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+_WIDE_LOGITS = {"cpu": 2**20, "cuda": 2**28}
 
 
 def linear_cross_entropy(
@@ -34,26 +37,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_x, need_weight = ctx.needs_input_grad[:2]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=x.device)
-        dx = torch.zeros_like(x) if need_x else None
+        dx = torch.empty_like(x) if need_x else None
         # Summed over chunks in fp32: bf16 sums of bf16 products would lose their last bits.
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for start in range(0, len(x), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            target = targets[chunk]
-            counted = target != -100
-            index = target.masked_fill(~counted, 0)[:, None]
-            logits = (x[chunk] @ weight.mT).to(wide)
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss += (lse - logits.gather(1, index))[:, 0].masked_fill(~counted, 0).sum()
-            if not (need_x or need_weight):
-                continue
-            dlogits = logits.sub_(lse).exp_()
-            dlogits.scatter_add_(1, index, torch.full_like(lse, -1.0))
-            dlogits = dlogits.mul_(counted[:, None]).to(weight.dtype)
+            logits = x[chunk] @ weight.mT
+            loss += _loss_and_gradient(logits, targets[chunk], wide)
             if dx is not None:
-                torch.mm(dlogits, weight, out=dx[chunk])
+                torch.mm(logits, weight, out=dx[chunk])
             if dweight is not None:
-                _add_product(dweight, dlogits.mT, x[chunk])
+                _add_outer(dweight, logits, x[chunk])
         ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
         return loss
 
@@ -65,9 +59,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dweight, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be wider than a and b."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _loss_and_gradient(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
+    """The summed loss; logits are overwritten with its gradient."""
+    counted = targets != -100
+    index = targets.masked_fill(~counted, 0)[:, None]
+    loss = torch.zeros((), dtype=wide, device=logits.device)
+    rows = max(1, _WIDE_LOGITS.get(logits.device.type, 2**24) // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        log_probability = logits[part].to(wide).log_softmax(-1)
+        loss -= log_probability.gather(1, index[part])[:, 0].masked_fill(~counted[part], 0).sum()
+        gradient = log_probability.exp_()
+        gradient.scatter_add_(1, index[part], gradient.new_full((), -1.0).expand(len(gradient), 1))
+        logits[part] = gradient.mul_(counted[part, None])
+    return loss
+
+
+def _add_outer(total: Tensor, dlogits: Tensor, x: Tensor) -> None:
+    """total += dlogits.T @ x, by slices of the vocabulary: one large transposed product is slow."""
+    for rows, part in zip(total.split(4096), dlogits.split(4096, dim=1), strict=True):
+        rows += part.mT @ x

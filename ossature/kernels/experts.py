@@ -169,8 +169,11 @@ def _(
     drows, dweights = torch.empty_like(rows), torch.empty_like(weights)
     parameters = gate_up_weight, gate_up_bias, down_weight, down_bias
     dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias = (
-        rows.new_empty(0) if frozen else torch.zeros_like(x) for x in parameters
+        rows.new_empty(0) if frozen else torch.empty_like(x) for x in parameters
     )
+    for expert in (counts == 0).nonzero().flatten().tolist():
+        for unused in (dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias):
+            unused[expert : expert + 1] = 0  # also when frozen, and then there is nothing
     for expert, span in _spans(counts):
         dout_e, weight = dout[span], weights[span, None]
         inner = _activate(gate[span], up[span], alpha, limit)
@@ -237,12 +240,16 @@ def _activate(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
 def _activate_backward(
     dinner: Tensor, gate: Tensor, up: Tensor, alpha: float, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; a clamp passes its gradient where it lets the value pass."""
+    """Gradients of gate and up; a clamp passes its gradient up to the limit, that included."""
+    # hardtanh_backward passes values strictly inside its bounds.
+    wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
+    bound = float(torch.tensor(limit, dtype=wide).nextafter(torch.tensor(torch.inf, dtype=wide)))
     scaled = gate.clamp(max=limit).mul_(alpha)
     shifted = up.clamp(-limit, limit).add_(1).mul_(dinner)
-    dgate = torch.ops.aten.silu_backward(shifted, scaled).masked_fill_(gate > limit, 0)
+    dgate = torch.ops.aten.silu_backward(shifted, scaled)
     dup = F.silu(scaled, inplace=True).mul_(dinner).div_(alpha)
-    return dgate, dup.masked_fill_(up.abs() > limit, 0)
+    clamp_backward = torch.ops.aten.hardtanh_backward
+    return clamp_backward(dgate, gate, -torch.inf, bound), clamp_backward(dup, up, -bound, bound)
 
 
 def _spans(counts: Tensor) -> list[tuple[int, slice]]:
