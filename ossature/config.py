@@ -1,21 +1,19 @@
 """Every knob of a run, on one page.  No torch here: `--help` and typos answer at once.
 
-A run file (TOML) is flags written down: `parse` turns it into command-line arguments, so files
-and flags have one parser and one set of errors, and a later value wins over an earlier one.
+A run file (TOML) is flags written down: `parse` reads both into words per key and converts them
+in one place, so files and flags have one set of errors and a later value wins over an earlier one.
 No option is a union or a group that may be absent: a feature is off when its number is zero.
 """
 
 from __future__ import annotations
 
-import difflib
-import sys
-import tomllib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Any, Literal
 
-Config = TypeVar("Config")
+from ossature.arguments import parse as parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,8 @@ class OptimConfig:
     """Learning rate at the end of the decay."""
     warmup_steps: int = 100
     decay_steps: int = 0
-    """Steps of the decay; 0 decays until the last step (wsd: over the last fifth)."""
+    """Steps of the decay, after the warm-up; 0 decays until the last step.  wsd decays over the
+    last so many steps of the run (0: over the last fifth)."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """wsd: warm-up, stable, then linear decay."""
     weight_decay: float = 0.1
@@ -154,7 +153,8 @@ class TrainConfig:
     gc_every_steps: int = 100
     """Python's garbage collector runs only then, at the same step on every rank; 0: automatic."""
     max_skipped_steps: int = 20
-    """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    """Steps with a non-finite loss or gradient, among the last 1000, that are skipped; one more
+    stops the run."""
     resume: bool = True
     """Go on from the newest checkpoint in `run`; false refuses a folder that has one."""
 
@@ -168,11 +168,13 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        for key, value in flatten(self):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = 1 if key in _AT_LEAST_ONE else 0
+            if not math.isfinite(value) or value < least:
+                raise ValueError(f"{key} ({value}) must be at least {least}")
         rows, micro, whole = self.data.seq_len, self.micro_batch_tokens, self.global_batch_tokens
-        for name, value in [("data.seq_len", rows), ("micro_batch_tokens", micro),
-                            ("global_batch_tokens", whole), ("steps", self.steps)]:  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
         if micro % rows:
             raise ValueError(
                 f"micro_batch_tokens ({micro}) must be a multiple of data.seq_len ({rows})"
@@ -187,61 +189,40 @@ class TrainConfig:
                 "data: give exactly one of data.path, data.blend and data.mock "
                 f"({sources} are given)"
             )
+        optim = self.optim
+        for key, beta in [("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2)]:
+            if beta >= 1:
+                raise ValueError(f"{key} ({beta}) must be less than 1")
+        if optim.schedule != "constant" and optim.min_lr > optim.lr:
+            raise ValueError(f"optim.min_lr ({optim.min_lr}) must be at most optim.lr ({optim.lr})")
+        if self.router.bias_update_rate and self.init is not None:
+            raise ValueError(
+                f"router.bias_update_rate ({self.router.bias_update_rate}) must be 0 when init is "
+                "given: no published format has a place for the bias of a fine-tuned router"
+            )
 
 
-def flags(table: dict, prefix: str = "--") -> Iterator[str]:
-    """The command-line arguments that say the same as a TOML table."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from flags(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-            yield from map(str, value if isinstance(value, list) else [value])
+_AT_LEAST_ONE = {
+    "steps", "global_batch_tokens", "micro_batch_tokens", "data.seq_len", "eval.tokens",
+    "log.every_steps", "sample.max_new_tokens", "parallel.pp", "parallel.dp_replicate",
+    "parallel.cp", "parallel.tp", "parallel.ep", "parallel.etp",
+}  # fmt: skip
 
 
-def parse(config: type[Config], argv: list[str], prog: str | None = None) -> Config:
-    """Parse `[run.toml] [--key value ...]`; a later value wins over an earlier one.
-
-    Raises:
-        ValueError: a file that is missing or not TOML, an unknown key, or values that contradict
-            each other; the message names file and key.
-    """
-    import tyro  # 0.1 s, and only commands with a config need it
-
-    if argv and argv[0].endswith(".toml"):
-        argv = [*_file_flags(config, Path(argv[0])), *argv[1:]]
-    return tyro.cli(config, args=argv, prog=prog, config=(tyro.conf.FlagConversionOff,))
-
-
-def _file_flags(config: type, path: Path) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such run file") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not TOML: {error}") from None
-    known = set(_keys(config))
-    for key in _written(table):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{path}: unknown key {key}{hint}")
-    return list(flags(table))
-
-
-def _written(table: dict, prefix: str = "") -> Iterator[str]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _written(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _keys(config: type, prefix: str = "") -> Iterator[str]:
-    hints = get_type_hints(config, vars(sys.modules[config.__module__]))
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a config with its value."""
     for entry in fields(config):
-        if is_dataclass(hints[entry.name]):
-            yield from _keys(hints[entry.name], f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            yield from flatten(value, f"{prefix}{entry.name}.")
         else:
-            yield f"{prefix}{entry.name}"
+            yield f"{prefix}{entry.name}", value
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Every dotted key with a value that JSON can hold: paths as text, tuples as lists."""
+    plain = {Path: str, tuple: list}
+    return {
+        key: next((to(value) for kind, to in plain.items() if isinstance(value, kind)), value)
+        for key, value in flatten(config)
+    }
