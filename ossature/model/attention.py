@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ossature.kernels.attention import band_mask, full_attention, window_attention
 from ossature.kernels.flex import flex_attend, flex_mask
+from ossature.model.cache import LayerCache, Step, attend_kept
 from ossature.model.config import ModelConfig
 from ossature.model.rope import Rotation, rotate
 
@@ -51,13 +52,21 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "batch seq hidden"], rotation: Rotation, layout: Layout
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        rotation: Rotation,
+        layout: Layout | Step,
+        cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
         # -1 and not a head count: a tensor-parallel rank holds only some of the heads.
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, kv_heads, head_dim)
-        if self.form == "eager":
+        kept = None if cache is None else cache.extend(k, v)
+        if isinstance(layout, Step):
+            assert kept is not None
+            heads = attend_kept(q, *kept, sinks=self.sinks(), mask=layout.mask(self.window))
+        elif self.form == "eager":
             heads = attend(q, k, v, sinks=self.sinks(), mask=layout.mask(self.window))
         else:
             heads = fast_attend(q, k, v, sinks=self.sinks(), layout=layout, window=self.window)

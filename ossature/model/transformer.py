@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ossature.kernels.cross_entropy import linear_cross_entropy
 from ossature.kernels.norm import rms_norm
 from ossature.model.attention import Attention, Form, Layout
+from ossature.model.cache import Cache, LayerCache, Step
 from ossature.model.config import ModelConfig
 from ossature.model.init import initial_weight
 from ossature.model.moe import MoE, RouterLog, RouterStatistics
@@ -51,7 +52,8 @@ class Transformer(nn.Module):
         document: Int[Tensor, "batch seq"] | None = None,
         targets: Int[Tensor, "batch seq"] | None = None,
         router_log: RouterLog | None = None,
-    ) -> Float[Tensor, "batch seq vocab"] | Float[Tensor, ""]:
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch places vocab"] | Float[Tensor, ""]:
         """Logits; or, with targets, the sum of the cross-entropy over the counted ones, in fp32.
 
         Args:
@@ -60,17 +62,29 @@ class Transformer(nn.Module):
                 A negative id marks padding, which router statistics leave out.
             targets: the token to predict from each place, already shifted; -100 is not counted.
             router_log: filled with the statistics of every layer.
+            cache: what the rows have seen so far; `tokens` go on from there, as part of the last
+                document of their row, and only the last place has logits: (batch, 1, vocab).
         """
         if document is None:
             document = torch.zeros_like(tokens)
-        layout = Layout(document)
-        turn = rotation(self.config, layout.position if position is None else position)
+        if cache is None or not cache.length:
+            layout = Layout(document)
+            position = layout.position if position is None else position
+            if cache is not None:
+                cache.start(layout.run, position)
+        else:
+            layout = cache.step(tokens)
+            position = layout.position
+        turn = rotation(self.config, position)
         counted = None if router_log is None else document >= 0
         x = self.embedding(tokens)
-        for block in self.blocks.values():
-            x, statistics = block(x, turn, layout, counted)
+        for number, block in self.blocks.items():
+            kept = None if cache is None else cache.layers[int(number)]
+            x, statistics = block(x, turn, layout, counted, kept)
             if router_log is not None:
                 router_log.layers.append(statistics)
+        if cache is not None:
+            x = x[:, -1:]
         return self.lm_head(self.norm(x), targets)
 
     @torch.no_grad()
@@ -94,10 +108,11 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq hidden"],
         turn: Rotation,
-        layout: Layout,
+        layout: Layout | Step,
         counted: Bool[Tensor, "batch seq"] | None,
+        cache: LayerCache | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], RouterStatistics | None]:
-        x = x + self.attention(self.attention_norm(x), turn, layout)
+        x = x + self.attention(self.attention_norm(x), turn, layout, cache)
         y, statistics = self.moe(self.moe_norm(x), counted)
         return x + y, statistics
 
