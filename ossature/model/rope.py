@@ -70,5 +70,5 @@ def ramp_bounds(config: ModelConfig) -> tuple[float, float]:
     low, high = pair(config.rope_beta_fast), pair(config.rope_beta_slow)
     if config.rope_truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
+    low, high = max(float(low), 0.0), min(float(high), config.head_dim - 1.0)
     return low, high if high != low else high + 0.001
