@@ -1,0 +1,58 @@
+"""The norm of the whole gradient, and clipping by it, over parameters on any meshes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """2-norm of all gradients together, the same on every rank; no host synchronisation.
+
+    Squares are added over the mesh axes a gradient is sharded on and no others: a replicated
+    gradient counts once.
+    """
+    groups: dict[tuple, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            split = [n for n, place in enumerate(gradient.placements) if isinstance(place, Shard)]
+            groups[gradient.device_mesh, tuple(split)].append(gradient.to_local())
+        elif gradient is not None:
+            groups[None, ()].append(gradient)
+    squares = []
+    for (mesh, axes), gradients in groups.items():
+        square = torch.nn.utils.get_total_norm(gradients).square()
+        for axis in axes:
+            if mesh.size(axis) > 1:
+                dist.all_reduce(square, group=mesh.get_group(axis))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def scale_and_clip(
+    parameters: Iterable[nn.Parameter], norm: Float[Tensor, ""], clip: float, scale: float
+) -> None:
+    """Divide every gradient by `scale`, then by what makes their global norm at most `clip`.
+
+    Args:
+        norm: of the gradients as they are, before the division.
+        clip: 0 does not clip.
+    """
+    factor = torch.ones_like(norm) / scale
+    if clip:
+        factor = factor * (clip / (norm / scale + 1e-6)).clamp(max=1.0)
+    elif scale == 1.0:
+        return
+    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)

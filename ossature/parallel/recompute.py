@@ -1,0 +1,54 @@
+"""Activation checkpointing: what a block keeps for its backward pass.
+
+`none` keeps everything, `full` only the block's input, `selective` the input and the outputs of
+the operators in KEPT: matrix products, experts, attention, and the choice of experts.  The list
+names operators, not shapes.  What else there is (norms, RoPE, casts, residuals) is cheap.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+KEPT = (
+    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::topk",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "ossature::experts", "ossature::full_attention", "ossature::window_attention",
+    "flex_attention",
+)  # fmt: skip
+
+
+def recompute(block: nn.Module, mode: str) -> None:
+    """Make the block run its forward again in the backward pass, in place.
+
+    The forward is wrapped and not the module: names of parameters stay as they are, and the hooks
+    of FSDP, which gather the weights, stay outside.
+    """
+    if mode == "none":
+        return
+    plain = block.forward
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(plain, *args, **how, **kwargs)
+
+    block.forward = forward
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = op.name() if isinstance(op, torch._ops.OpOverload) else str(op)
+    if name.partition(".")[0] in KEPT:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
