@@ -1,0 +1,74 @@
+"""Tokens of one row -> text as it becomes certain, until a stop string.
+
+A token may end in the middle of a character, and a text in the middle of a stop string; such an
+end is held back until the next token decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no whole character
+
+
+class Continuation:
+    """The text of one row, growing token by token.
+
+    Args:
+        decode: text of tokens; of a byte-level tokenizer, so that texts of parts add up.
+        stops: strings that end the text; they are not part of it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
+        self._decode, self._stops = decode, [stop for stop in stops if stop]
+        self._tokens: list[int] = []  # since the last end of a whole character
+        self._shown = 0  # characters of their text that were passed on
+        self._held = ""  # the end of the text, while it may begin a stop string
+        self.text = ""
+        """What is certain so far."""
+        self.stopped = False
+        """Whether a stop string was met."""
+
+    def feed(self, token: int) -> str:
+        """The text that has become certain with this token."""
+        self._tokens.append(token)
+        decoded = self._decode(self._tokens)
+        whole = decoded.rstrip(UNFINISHED)
+        fresh = whole[self._shown :]
+        self._shown = max(self._shown, len(whole))
+        if whole == decoded:
+            self._tokens, self._shown = [], 0
+        return self._pass_on(fresh)
+
+    def finish(self) -> str:
+        """The text that was held back, when no more tokens come."""
+        rest = self._decode(self._tokens)[self._shown :] if self._tokens else ""
+        self._tokens, self._shown = [], 0
+        fresh = self._pass_on(rest)
+        if self.stopped:
+            return fresh
+        held, self._held = self._held, ""
+        self.text += held
+        return fresh + held
+
+    def _pass_on(self, fresh: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + fresh
+        ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            text, self._held = text[: min(ends)], ""
+        else:
+            held = max((_overlap(text, stop) for stop in self._stops), default=0)
+            text, self._held = text[: len(text) - held], text[len(text) - held :]
+        self.text += text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that begin `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
