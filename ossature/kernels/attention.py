@@ -71,9 +71,7 @@ def band_mask(run: Tensor, window: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("ossature::full_attention", mutates_args=(), device_types="cpu")
-def _full(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, bounds: Tensor
-) -> tuple[Tensor, Tensor]:
+def _full(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q))
     for span, rows in _spans(bounds):
         part, part_lse = _flash(
@@ -103,9 +101,7 @@ def _full_backward(
 
 
 @torch.library.custom_op("ossature::window_attention", mutates_args=(), device_types="cpu")
-def _window(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def _window(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     block, tokens = mask.shape[2], q.shape[0]
     out, lse = _flash(
         _blocks(q, block), _pairs(k, block), _pairs(v, block), 0.0, False, attn_mask=mask

@@ -179,9 +179,7 @@ def _(
         inner = _activate(gate[span], up[span], alpha, limit)
         dinner = dout_e @ down_weight[expert]
         dweights[span] = (dinner * inner).sum(-1) + dout_e @ down_bias[expert]
-        dgate, dup = _activate_backward(
-            dinner.mul_(weight), gate[span], up[span], alpha, limit
-        )
+        dgate, dup = _activate_backward(dinner.mul_(weight), gate[span], up[span], alpha, limit)
         torch.mm(dgate, gate_up_weight[expert, 0::2], out=drows[span])
         drows[span].addmm_(dup, gate_up_weight[expert, 1::2])
         if frozen:

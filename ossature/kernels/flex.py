@@ -18,9 +18,7 @@ from torch.nn.attention.flex_attention import (
 )
 
 
-def flex_attend(
-    q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, block_mask: BlockMask
-) -> Tensor:
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, block_mask: BlockMask) -> Tensor:
     """As `ossature.model.attention.attend`, with a block mask in place of the mask.
 
     Args:
@@ -43,12 +41,15 @@ def flex_mask(run: Tensor, window: int | None) -> BlockMask:
         window: tokens a query sees, its own included; None sees the whole document.
     """
 
-    def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = (key <= query) & (run[batch, query] == run[batch, key])
-        return seen if window is None else seen & (query - key < window)
-
     batch, seq = run.shape
-    return create_block_mask(visible, batch, None, seq, seq, device=run.device.type)
+    reach = seq if window is None else window
+    return create_block_mask(
+        lambda b, _head, query, key: (
+            (key <= query) & (query - key < reach) & (run[b, query] == run[b, key])
+        ),
+        *(batch, None, seq, seq),
+        device=run.device.type,
+    )
 
 
 @functools.cache

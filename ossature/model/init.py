@@ -15,9 +15,7 @@ from torch import Tensor
 from ossature.model.config import ModelConfig
 
 
-def initial_weight(
-    config: ModelConfig, name: str, shape: tuple[int, ...], seed: int
-) -> Tensor:
+def initial_weight(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """The initial value of the parameter `name`, in fp32 on CPU.
 
     Args:

@@ -52,7 +52,12 @@ def test_grouped_product_of_the_gpu_equals_the_loop_of_the_cpu():
     experts, x, chosen, weights = make(dtype=torch.float32)
     order, counts = sort_by_expert(chosen, 5)
     rows = x.detach()[order // 3]
-    tensors = rows, weights.detach().flatten()[order], counts, *map(torch.detach, experts.parameters())
+    tensors = (
+        rows,
+        weights.detach().flatten()[order],
+        counts,
+        *map(torch.detach, experts.parameters()),
+    )
     for_cuda = kernel._experts._init_fn(*tensors, 1.702, 7.0)
     loop = torch.ops.ossature.experts(*tensors, 1.702, 7.0)
     for got, want in zip(for_cuda, loop, strict=True):
@@ -92,7 +97,7 @@ def test_the_gate_is_clamped_from_above_only():
     out = swiglu(gate_up, alpha=1.702, limit=7.0)
 
     # A gate clamped at -7 would give -4.7e-5 x 2; the limit acts on what goes in.
-    torch.testing.assert_close(out[0, 0].item(), -20 / (1 + 2.718281828459045 ** 34.04) * 2)
+    torch.testing.assert_close(out[0, 0].item(), -20 / (1 + 2.718281828459045**34.04) * 2)
     torch.testing.assert_close(out[0, 1].item(), 7 / (1 + 2.718281828459045**-11.914) * -6)
 
 

@@ -46,9 +46,7 @@ def test_concentration_lengthens_every_head_at_every_position():
 
     ratio = rotate(x, turn).norm(dim=-1) / x.norm(dim=-1)
 
-    torch.testing.assert_close(
-        ratio, torch.full_like(ratio, 1.3465735902799727), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1.3465735902799727), rtol=1e-6, atol=0)
 
 
 def test_the_two_halves_turn_together_and_not_neighbours():
