@@ -16,6 +16,8 @@ twins are `attend` and `attention_mask` of `ossature.model.attention`; tests/mod
 ties them, gradients included.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -156,10 +158,10 @@ _register(_window, _window_backward)
 def _spans(bounds: Tensor) -> list[tuple[slice, int]]:
     """Slices of tokens with the number of equally long documents in each."""
     ends = bounds.tolist()
-    lengths = {end - first for first, end in zip(ends, ends[1:], strict=False)}
+    lengths = {end - first for first, end in itertools.pairwise(ends)}
     if len(lengths) == 1:
         return [(slice(0, ends[-1]), len(ends) - 1)]
-    return [(slice(first, end), 1) for first, end in zip(ends, ends[1:], strict=False)]
+    return [(slice(first, end), 1) for first, end in itertools.pairwise(ends)]
 
 
 def _batch(x: Tensor, rows: int) -> Tensor:

@@ -52,7 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, dloss: Tensor):
+    def backward(ctx, *grads: Tensor):
+        (dloss,) = grads
         dx, dweight = (
             None if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors
         )

@@ -80,8 +80,9 @@ class _Dispatch(torch.autograd.Function):
         return x[order // k]
 
     @staticmethod
-    def backward(ctx, drows: Tensor):
-        return _gather_sum(drows, *ctx.saved_tensors, ctx.k), None, None
+    def backward(ctx, *grads: Tensor):
+        (order,) = ctx.saved_tensors
+        return _gather_sum(grads[0], order, ctx.k), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -92,9 +93,9 @@ class _Combine(torch.autograd.Function):
         return _gather_sum(rows, order, k)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, *grads: Tensor):
         (order,) = ctx.saved_tensors
-        return dy[order // ctx.k], None, None
+        return grads[0][order // ctx.k], None, None
 
 
 @torch.library.custom_op("ossature::experts", mutates_args=())
@@ -152,7 +153,8 @@ def _experts_backward(
     dgate_up = torch.stack([dgate, dup], dim=-1).flatten(1)
     drows = F.grouped_mm(dgate_up, gate_up_weight, offs=ends)
     if frozen:
-        return drows, dweights, *(rows.new_empty(0) for _ in range(4))
+        none = rows.new_empty(0)
+        return drows, dweights, none, none.clone(), none.clone(), none.clone()
     dgate_up_weight = F.grouped_mm(dgate_up.mT, rows, offs=ends)
     dgate_up_bias = torch.zeros_like(gate_up_bias).index_add_(0, expert, dgate_up)
     ddown_weight = F.grouped_mm(dout.mT, inner.mul_(weight), offs=ends)

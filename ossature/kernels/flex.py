@@ -29,6 +29,7 @@ def flex_attend(q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, block_mask: B
     out, aux = _flex(q.device.type)(
         q, k, v, block_mask=block_mask, enable_gqa=True, return_aux=AuxRequest(lse=True)
     )
+    assert aux.lse is not None
     kept = torch.sigmoid(aux.lse.float() - sinks.float()[:, None])  # (batch, heads, seq)
     return (out * kept[..., None]).to(out.dtype).transpose(1, 2)
 

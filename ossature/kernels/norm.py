@@ -22,10 +22,10 @@ class _RMSNorm(torch.autograd.Function):
         return (weight.to(wide.dtype) * (wide * scale)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, *grads: Tensor):
         x, weight, scale = ctx.saved_tensors
         normed = x.to(scale.dtype) * scale
-        dy = dy.to(scale.dtype)
+        dy = grads[0].to(scale.dtype)
         dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
         dnormed = dy * weight.to(scale.dtype)
         mean = (dnormed * normed).mean(-1, keepdim=True)

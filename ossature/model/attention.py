@@ -11,11 +11,12 @@ tests/model/test_transformer.py.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from ossature.kernels.attention import band_mask, full_attention, window_attention
 from ossature.kernels.flex import flex_attend, flex_mask
@@ -113,12 +114,13 @@ def fast_attend(
     """
     if q.device.type != "cpu":
         return flex_attend(q, k, v, sinks=sinks, block_mask=layout.block_mask(window))
-    flat = (x.flatten(0, 1) for x in (q, k, v))  # (tokens, heads, head_dim)
+    rows = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (tokens, heads, head_dim)
     if window is None or window >= layout.longest:
-        out = full_attention(*flat, sinks, layout.bounds)
+        out = full_attention(q, k, v, sinks, layout.bounds)
     else:
-        out = window_attention(*flat, sinks, layout.band(window, q.dtype))
-    return out.unflatten(0, q.shape[:2])
+        out = window_attention(q, k, v, sinks, layout.band(window, q.dtype))
+    return out.unflatten(0, rows)
 
 
 def attention_mask(
@@ -148,7 +150,7 @@ class Layout:
         starts[:, 1:] = document[:, 1:] != document[:, :-1]
         self.starts = starts
         self.run = starts.flatten().cumsum(0).view(document.shape) - 1
-        self._kept: dict[tuple, Tensor] = {}
+        self._kept: dict[tuple, Any] = {}
         self._bounds: Tensor | None = None
 
     @property
@@ -181,7 +183,7 @@ class Layout:
             self._kept["band", window, dtype] = band_mask(self.run.flatten(), window, dtype)
         return self._kept["band", window, dtype]
 
-    def block_mask(self, window: int | None):
+    def block_mask(self, window: int | None) -> BlockMask:
         if ("block", window) not in self._kept:
             self._kept["block", window] = flex_mask(self.run, window)
         return self._kept["block", window]

@@ -56,6 +56,7 @@ class Router(nn.Module):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_local_experts))
+        self.balance_bias: Tensor | None
         self.register_buffer("balance_bias", None)
 
     def forward(
