@@ -25,7 +25,8 @@ def parse(config: type[Config], argv: list[str], prog: str | None = None) -> Con
 
     A TOML file is the same keys and values written down, so both go one way from here: text per
     key, converted by the type of its field.  Booleans are true or false, a tuple takes one or
-    more values, `none` is the absent value of an optional field, `-` and `_` in keys are one.
+    more values and may be given several times, `none` is the absent value of an optional field,
+    `-` and `_` in keys are one.
     Fields marked `tyro.conf.Positional` take the words that no key precedes; tyro draws `--help`.
 
     Raises:
@@ -113,8 +114,8 @@ def _read_argv(config: type, argv: list[str]) -> dict[str, Written]:
             if not words or _is_key(words[0]):
                 raise ValueError(f"--{name} needs a value")
             taken = [words.pop(0)]
-        if equals and get_origin(known[key]) is tuple and key in written:
-            taken = [*written[key].words, *taken]  # --key=a --key=b: for values that begin with --
+        if get_origin(known[key]) is tuple and key in written:
+            taken = [*written[key].words, *taken]  # --key a --key b
         written[key] = Written("--", taken)
     for n, key in enumerate(free):
         many = get_origin(known[key]) is tuple

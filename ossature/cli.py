@@ -22,7 +22,7 @@ STAGES: dict[str, list[tuple[str, str, str]]] = {
         ("data build", "ossature.data.build:build", "turn text into shards of tokens"),
     ],
     "Training": [
-        ("train", "ossature.train.loop:main", "train a model; the same under torchrun"),
+        ("train", "ossature.train.command:main", "train a model; the same under torchrun"),
         ("report", "ossature.train.report:main", "write a run's curves and samples as one page"),
     ],
     "Checkpoints": [
@@ -90,7 +90,7 @@ def unknown(argv: list[str]) -> str:
     if group and (len(argv) == 1 or argv[1].startswith("-")):
         return f"{argv[0]}: say which: {', '.join(group)}"
     typed = " ".join(argv[:2]) if group else argv[0]
-    near = difflib.get_close_matches(typed, VERBS, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(typed, VERBS, n=1)
     near = near or difflib.get_close_matches(" ".join(argv[:2]), VERBS, n=1)
     hint = f"did you mean {near[0]}?" if near else "`ossature --help` lists the commands"
     return f"unknown command {typed}; {hint}"

@@ -24,7 +24,7 @@ class SampleOptions:
 
     folder: tyro.conf.Positional[Path]
     """Checkpoint in any format, or the folder of a run (its newest checkpoint)."""
-    prompt: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    prompt: tuple[str, ...] = ()
     """One or more texts; may be given several times.  They may differ in length."""
     max_new_tokens: int = 64
     """Tokens added to each prompt, unless it stops before."""
@@ -36,7 +36,7 @@ class SampleOptions:
     """Draw among the most probable tokens that reach this probability together."""
     seed: int = 0
     """Of the draws: the same command prints the same text."""
-    stop: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    stop: tuple[str, ...] = ()
     """Texts that end a continuation; they are not printed."""
     tokenizer: str = ""
     """Tokenizer of a folder that holds none: a tokenizer.json, a folder or a Hugging Face id."""
@@ -48,11 +48,9 @@ class SampleOptions:
 
 def main(argv: list[str]) -> int:
     options = parse(SampleOptions, argv, prog="ossature sample")
-    prompts = [text for group in options.prompt for text in group]
-    stops = [text for group in options.stop for text in group]
-    if not prompts:
+    if not options.prompt:
         raise ValueError('sample: no prompt; give --prompt "TEXT"')
-    if "" in prompts:
+    if "" in options.prompt:
         raise ValueError("sample: an empty --prompt; give at least one character")
 
     import torch
@@ -74,10 +72,10 @@ def main(argv: list[str]) -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     model = load_model(folder, dtype=dtype, device=device)
     ends = stop_ids(tokenizer, model.config)
-    printer = Printer(prompts, tokenizer.decode, ends, stops)
+    printer = Printer(options.prompt, tokenizer.decode, ends, options.stop)
     generate(
         model,
-        [tokenizer.encode(text) for text in prompts],
+        [tokenizer.encode(text) for text in options.prompt],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         stop_ids=ends,
@@ -109,7 +107,7 @@ class Printer:
 
     def __init__(
         self,
-        prompts: list[str],
+        prompts: Sequence[str],
         decode: Callable[[list[int]], str],
         stop_ids: Collection[int] = (),
         stops: Sequence[str] = (),

@@ -1,0 +1,40 @@
+# make demo       text -> tokens -> a trained model -> samples -> a folder transformers loads
+# make test       what a change must pass: the tests but the slow ones
+# make test-all   all tests
+# make check      style, types, direction of imports
+#
+# The first of them makes .venv and installs what it needs (scripts/install.sh).  PYTHON=python3.13
+# and TORCH=torch==2.12.0 choose others; VENV=path uses another environment.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+.PHONY: demo test test-all check format clean
+
+demo: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
+
+test: $(VENV)/.installed
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(PYTEST)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+
+# pip runs again only when what it read has changed.
+$(VENV)/.installed: pyproject.toml constraints.txt scripts/install.sh
+	scripts/install.sh $(VENV)
+	touch $@
