@@ -1,0 +1,224 @@
+"""Config -> the parts of a run, on this rank: data, sharded model, optimizer, and where they stand.
+
+What can be wrong with a config is found first: layout, batch, corpus, tokenizer, checkpoint.  Then
+the model is built without memory, sharded, and only then filled.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ossature.checkpoint.steps import OPTIMIZER, Saver
+from ossature.checkpoint.store import load_weights, newest
+from ossature.config import TrainConfig, to_json
+from ossature.convert.config import hugging_face_config, read_config
+from ossature.convert.folder import open_source
+from ossature.data.loader import Loader
+from ossature.data.tokenizer import load as load_tokenizer
+from ossature.model.config import SIZES, ModelConfig
+from ossature.model.transformer import Transformer
+from ossature.parallel import mesh as meshes
+from ossature.parallel.launch import Ranks
+from ossature.parallel.plan import parallelize
+from ossature.parallel.weights import fill, initialise
+from ossature.train import optim
+from ossature.train.evaluate import validation_loader
+from ossature.train.resume import Progress, check_config, read_state, state_text
+
+FIRST_LOSS_SCALE = 2.0**15
+
+
+@dataclass
+class Parts:
+    """Everything a run holds on this rank."""
+
+    config: TrainConfig
+    ranks: Ranks
+    mesh: DeviceMesh
+    model: Transformer
+    optimizer: torch.optim.AdamW
+    loader: Loader
+    validation: Loader | None
+    tokenizer: Any
+    """Of the data folder; None for mock data."""
+    saver: Saver
+    small_files: dict[str, bytes]
+    """Copied into every checkpoint: config.json and the tokenizer."""
+    progress: Progress
+    origin: str
+    """Where the weights came from, for a person."""
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Moments, and the balancing biases: state of the training, with no place in weights."""
+        return optim.state(self.optimizer) | dict(self.model.named_buffers())
+
+    def save(self) -> None:
+        state = state_text(self.progress, self.loader.state(), self.config)
+        files = {**self.small_files, "state.json": state.encode()}
+        step = self.progress.step
+        self.saver.save(step, self.weights(), self.optimizer_state(), files)
+
+
+def build(config: TrainConfig, ranks: Ranks) -> Parts:
+    """All parts, at the step they left off.
+
+    Raises:
+        ValueError: layout, batch, corpus, checkpoint and config do not fit together.
+    """
+    sizes = meshes.sizes(config.parallel, ranks.world)
+    check_batch(config, sizes)
+    shape = model_config(config.model)
+    before = newest(config.run)
+    if before is not None:
+        if not config.resume:
+            raise ValueError(f"{config.run}: has checkpoints and resume is false; give a new run")
+        check_config(read_state(before)[2], config, before)
+    mesh = meshes.build(sizes, ranks.device.type)
+    loader = train_loader(config, shape.vocab_size, *meshes.data_rank(mesh))
+    validation = validation_loader(config, shape.vocab_size) if config.eval.every_steps else None
+    tokenizer = tokenizer_of(config)
+    if config.sample.every_steps and tokenizer is None:
+        raise ValueError("sample.every_steps needs a corpus with a tokenizer: data.mock has none")
+
+    with torch.device("meta"):
+        model = Transformer(shape)
+    parallelize(model, mesh, config)
+    model.to_empty(device=ranks.device)
+    optimizer = optim.build(model.named_parameters(), config.optim)
+    if config.router.bias_update_rate:
+        for block in model.blocks.values():
+            bias = torch.zeros(shape.num_local_experts, device=ranks.device)
+            block.get_submodule("moe.router").balance_bias = bias
+
+    saver = Saver(config.run, config.checkpoint.keep, config.checkpoint.asynchronous)
+    scale = FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
+    parts = Parts(
+        config=config,
+        ranks=ranks,
+        mesh=mesh,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        validation=validation,
+        tokenizer=tokenizer,
+        saver=saver,
+        small_files=small_files(shape, tokenizer) if ranks.first else {},
+        progress=Progress(loss_scale=scale),
+        origin=f"random weights, seed {config.seed}",
+    )
+    if before is not None:
+        resume(parts, before)
+    elif config.init is not None:
+        fill_from(parts, config.init)
+    else:
+        initialise(model, config.seed)
+    return parts
+
+
+def resume(parts: Parts, folder: Path) -> None:
+    """Load weights, optimizer, loader and counters of a checkpoint, written by any number of ranks.
+
+    The names in it must be exactly those of this run.
+    """
+    parts.progress, data, _config = read_state(folder)
+    load_weights(folder, parts.weights())
+    load_weights(folder / OPTIMIZER, parts.optimizer_state())
+    parts.loader.load_state(data)
+    parts.origin = f"{folder}, {parts.progress.step} steps done"
+
+
+def fill_from(parts: Parts, folder: Path) -> None:
+    """Load the weights of a checkpoint in any format, tensor by tensor."""
+    source = open_source(folder)
+    wanted, found = parts.model.config, source.config
+    differ = [
+        f"{f.name} ({getattr(found, f.name)}, model has {getattr(wanted, f.name)})"
+        for f in fields(ModelConfig)
+        if getattr(found, f.name) != getattr(wanted, f.name) and f.name not in _NOT_MATHEMATICS
+    ]
+    if differ:
+        raise ValueError(f"{folder}: is not of this model: {', '.join(differ)}")
+    fill(parts.model, source.read)
+    parts.origin = str(folder)
+
+
+_NOT_MATHEMATICS = (
+    "initializer_range", "router_aux_loss_coef", "eos_token_id", "pad_token_id", "bos_token_id",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+def check_batch(config: TrainConfig, sizes: dict[str, int]) -> None:
+    ranks = sizes["dp_replicate"] * sizes["dp_shard"]
+    if config.global_batch_tokens % (config.micro_batch_tokens * ranks):
+        raise ValueError(
+            f"global_batch_tokens ({config.global_batch_tokens}) must be a multiple of "
+            f"micro_batch_tokens ({config.micro_batch_tokens}) x dp_replicate x dp_shard ({ranks})"
+        )
+
+
+def model_config(name: str) -> ModelConfig:
+    """Of a named size, or of a config.json."""
+    if name in SIZES:
+        return SIZES[name]
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model = {name}: neither {', '.join(SIZES)} nor a config.json")
+    return read_config(path)
+
+
+def train_loader(config: TrainConfig, vocab_size: int, rank: int, world: int) -> Loader:
+    return Loader(
+        config.data,
+        split="train",
+        seed=config.seed,
+        global_batch_rows=config.global_batch_tokens // config.data.seq_len,
+        micro_batch_rows=config.micro_batch_tokens // config.data.seq_len,
+        rank=rank,
+        world=world,
+        vocab_size=vocab_size,
+    )
+
+
+def tokenizer_of(config: TrainConfig) -> Any:
+    """The tokenizer beside the corpus (of a blend: the first); None for mock data."""
+    if config.data.mock:
+        return None
+    words = [config.data.path] if config.data.path else " ".join(config.data.blend).split()
+    for path in map(Path, words):
+        folder = path if path.is_dir() else path.parent
+        if (folder / "tokenizer.json").is_file():
+            return load_tokenizer(folder)
+    return None
+
+
+def small_files(shape: ModelConfig, tokenizer: Any) -> dict[str, bytes]:
+    """What makes a checkpoint a model that others can read."""
+    text = json.dumps(hugging_face_config(shape, dtype="float32"), indent=2) + "\n"
+    files = {"config.json": text.encode()}
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(Path(folder))
+            files |= {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    return files
+
+
+def write_config(config: TrainConfig) -> None:
+    """The resolved config, as RUN/run.json."""
+    text = json.dumps(to_json(config), indent=1) + "\n"
+    beside = config.run / "run.json.partial"
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(config.run / "run.json")
