@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -43,7 +44,7 @@ class Saver:
 
     def __init__(self, run: Path, keep: int, asynchronous: bool) -> None:
         self.run, self.keep = run, keep
-        self.group: dist.ProcessGroup | None = None
+        self.group: Any = None
         self.thread: ThreadPoolExecutor | None = None
         self.pending: Future[None] | None = None
         if asynchronous:

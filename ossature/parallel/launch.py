@@ -57,9 +57,10 @@ def launched(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
         return
     if int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: no name lookups
+    alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # needs no port
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.HashStore() if world == 1 else None,
+        store=alone if world == 1 else None,
         rank=rank if world == 1 else -1,
         world_size=world if world == 1 else -1,
         timeout=timeout,

@@ -32,6 +32,7 @@ def validation_loader(config: TrainConfig, vocab_size: int) -> Loader:
         rank=0,
         world=1,
         vocab_size=vocab_size,
+        max_rows=validation_rows(config),
     )
 
 

@@ -80,6 +80,7 @@ def train(
             if stopped:
                 break
             record = one_step(parts, batches, counted)
+            parts.data_state = parts.loader.state()
             record["seconds"] = time.monotonic() - began
             describe_speed(record, parts)
             if due(config.eval.every_steps, progress.step, config.steps):

@@ -11,6 +11,7 @@ and `entropy` (layers; nats).  A value that is not finite is null.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Iterable
@@ -73,13 +74,12 @@ def check_services(config: TrainConfig) -> None:
 
 def _wandb() -> Any:
     try:
-        import wandb
+        return importlib.import_module("wandb")
     except ModuleNotFoundError:
         raise ValueError(
             "log.wandb_project is set and wandb is not installed: pip install 'ossature[wandb]', "
             "or leave the key empty"
         ) from None
-    return wandb
 
 
 def read_records(path: Path) -> list[Record]:

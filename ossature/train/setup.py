@@ -53,6 +53,8 @@ class Parts:
     small_files: dict[str, bytes]
     """Copied into every checkpoint: config.json and the tokenizer."""
     progress: Progress
+    data_state: dict[str, Any]
+    """Where the loader stands after the last step that is done."""
     origin: str
     """Where the weights came from, for a person."""
 
@@ -64,7 +66,7 @@ class Parts:
         return optim.state(self.optimizer) | dict(self.model.named_buffers())
 
     def save(self) -> None:
-        state = state_text(self.progress, self.loader.state(), self.config)
+        state = state_text(self.progress, self.data_state, self.config)
         files = {**self.small_files, "state.json": state.encode()}
         step = self.progress.step
         self.saver.save(step, self.weights(), self.optimizer_state(), files)
@@ -99,7 +101,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     if config.router.bias_update_rate:
         for block in model.blocks.values():
             bias = torch.zeros(shape.num_local_experts, device=ranks.device)
-            block.get_submodule("moe.router").balance_bias = bias
+            block.get_submodule("moe.router").register_buffer("balance_bias", bias)
 
     saver = Saver(config.run, config.checkpoint.keep, config.checkpoint.asynchronous)
     scale = FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
@@ -115,6 +117,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         saver=saver,
         small_files=small_files(shape, tokenizer) if ranks.first else {},
         progress=Progress(loss_scale=scale),
+        data_state=loader.state(),
         origin=f"random weights, seed {config.seed}",
     )
     if before is not None:
@@ -131,10 +134,10 @@ def resume(parts: Parts, folder: Path) -> None:
 
     The names in it must be exactly those of this run.
     """
-    parts.progress, data, _config = read_state(folder)
+    parts.progress, parts.data_state, _config = read_state(folder)
     load_weights(folder, parts.weights())
     load_weights(folder / OPTIMIZER, parts.optimizer_state())
-    parts.loader.load_state(data)
+    parts.loader.load_state(parts.data_state)
     parts.origin = f"{folder}, {parts.progress.step} steps done"
 
 

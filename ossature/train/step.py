@@ -118,15 +118,19 @@ def update_balance(model: Transformer, counts: Tensor, rate: float) -> None:
 
     Source: arXiv 2408.15664, algorithm 1.
     """
-    for layer, block in enumerate(model.blocks.values()):
-        bias = block.moe.router.balance_bias
-        if bias is not None:
-            bias += rate * (counts[layer].mean() - counts[layer]).sign()
+    biases = balance_biases(model)
+    for layer, load in enumerate(counts):
+        if layer in biases:
+            biases[layer] += rate * (load.mean() - load).sign()
 
 
 @torch.no_grad()
 def anneal_balance(model: Transformer, factor: float) -> None:
     """Shrink every layer's balancing bias."""
-    for block in model.blocks.values():
-        if block.moe.router.balance_bias is not None:
-            block.moe.router.balance_bias *= factor
+    for bias in balance_biases(model).values():
+        bias *= factor
+
+
+def balance_biases(model: Transformer) -> dict[int, Tensor]:
+    """The balancing bias of every layer that has one; they are the model's only buffers."""
+    return {int(name.split(".")[1]): bias for name, bias in model.named_buffers()}
