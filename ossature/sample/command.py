@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
 from ossature.config import parse
 from ossature.sample.text import Continuation
-
-if TYPE_CHECKING:
-    from ossature.data.tokenizer import Tokenizer
-    from ossature.model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +67,7 @@ def main(argv: list[str]) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     model = load_model(folder, dtype=dtype, device=device)
-    ends = stop_ids(tokenizer, model.config)
+    ends = stop_ids(tokenizer.special, model.config.eos_token_id)
     printer = Printer(options.prompt, tokenizer.decode, ends, options.stop)
     generate(
         model,
@@ -88,15 +84,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def stop_ids(tokenizer: Tokenizer, config: ModelConfig) -> set[int]:
-    """Tokens that end a text: of the config, and those that the tokenizer has of harmony's three.
+def stop_ids(special: Mapping[str, int], eos: int | None) -> set[int]:
+    """Tokens that end a text: the config's, and those of harmony's three that the tokenizer has.
 
     Published generation configs older than 2025-08-08 lack `<|call|>`, and a tool call would
     never end; so they are not asked.
     """
-    ends = {"<|return|>", "<|endoftext|>", "<|call|>"}
-    ids = {token for name, token in tokenizer.special.items() if name in ends}
-    return ids | ({config.eos_token_id} - {None})  # type: ignore[operator]
+    ends = ("<|return|>", "<|endoftext|>", "<|call|>")
+    return {special[name] for name in ends if name in special} | (
+        {eos} if eos is not None else set()
+    )
 
 
 class Printer:

@@ -1,0 +1,150 @@
+"""`ossature sample` from the outside, on a tiny model with a tokenizer of bytes."""
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+import ossature
+from ossature.cli import main
+from ossature.data.tokenizer import Tokenizer
+from ossature.sample.command import Printer, stop_ids
+from tests.tiny import hugging_face_model, ours
+
+ENDS = ("<|endoftext|>", "<|return|>", "<|call|>")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 tokens of a byte each, then three special ones."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {byte: number for number, byte in enumerate(alphabet)}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken(end, special=True) for end in ENDS])
+    return Tokenizer(inner, "bytes")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model that knows no end of its own, and its tokenizer."""
+    path = tmp_path_factory.mktemp("sample") / "model"
+    theirs = hugging_face_model(vocab_size=259, seed=2, eos_token_id=None, pad_token_id=None)
+    ossature.save_model(ours(theirs), path)
+    byte_tokenizer().save(path)
+    return path
+
+
+def greedy(folder: Path, prompt: str, tokens: int) -> str:
+    """What transformers' loop over the folder's model would print."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = byte_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    model.generation_config.eos_token_id = sorted(tokenizer.special.values())
+    out = model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0]
+    return tokenizer.decode([n for n in out.tolist() if n not in tokenizer.special.values()])
+
+
+def test_prompts_are_printed_one_below_the_other_each_with_its_continuation(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--prompt", "def f(x):", "é", "--prompt", "a much longer prompt than the others"]
+    assert (
+        main(["sample", str(folder), *words, "--temperature", "0", "--max-new-tokens", "20"]) == 0
+    )
+
+    expected = [greedy(folder, prompt, 20) for prompt in (words[1], words[2], words[4])]
+    assert capsys.readouterr().out == "\n\n".join(expected) + "\n"
+
+
+def test_a_seed_gives_the_same_text_again(folder: Path, capsys: pytest.CaptureFixture[str]):
+    texts = []
+    for seed in ("1", "1", "2"):
+        words = ["--prompt", "def", "--seed", seed, "--top-p", "0.9", "--top-k", "50"]
+        assert main(["sample", str(folder), *words]) == 0
+        texts.append(capsys.readouterr().out)
+
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_stop_string_ends_the_text(folder: Path, capsys: pytest.CaptureFixture[str]):
+    whole = greedy(folder, "def", 30)
+    stop = whole[12:14]
+    words = ["--prompt", "def", "--temperature", "0", "--max-new-tokens", "30", "--stop", stop]
+
+    assert main(["sample", str(folder), *words]) == 0
+
+    assert capsys.readouterr().out == whole[: whole.index(stop, 3)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "no prompt"),
+        (["--prompt", ""], "empty --prompt"),
+        (["--prompt", "a", "--top-p", "2"], "top_p (2.0) must be between 0 and 1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature (-1.0) must be 0 or more"),
+        (["--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens (-1) must be 0 or more"),
+        (["--promt", "a"], "did you mean prompt"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    folder: Path, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["sample", str(folder), *words]) == 2
+
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert line in errors
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_give_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ossature.save_model(ossature.load_model(folder), tmp_path / "bare")
+    words = ["sample", str(tmp_path / "bare"), "--prompt", "a", "--max-new-tokens", "1"]
+
+    assert main(words) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+    assert main([*words, "--tokenizer", str(folder)]) == 0
+
+
+def test_a_tokenizer_of_another_model_is_noticed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ossature.save_model(ours(hugging_face_model()), tmp_path / "small")
+    words = ["sample", str(tmp_path / "small"), "--prompt", "ÿ", "--tokenizer", str(folder)]
+
+    assert main(words) == 2
+    assert "not in the model's vocabulary of 96" in capsys.readouterr().err
+
+
+def test_harmony_text_ends_at_return_endoftext_and_call():
+    """Also with a config and a generation config of before `<|call|>` was one."""
+    special = {"<|endoftext|>": 199_999, "<|return|>": 200_002, "<|call|>": 200_012,
+               "<|message|>": 200_008}  # fmt: skip
+
+    assert stop_ids(special, 200_002) == {200_002, 199_999, 200_012}
+    assert stop_ids({"<|endoftext|>": 7}, None) == {7}
+    assert stop_ids({"<|endoftext|>": 7}, 3) == {3, 7}
+
+
+def test_the_first_unfinished_row_is_shown_live(capsys: pytest.CaptureFixture[str]):
+    def shown() -> str:
+        return capsys.readouterr().out
+
+    printer = Printer(["A:", "B:", "C:"], lambda ids: bytes(ids).decode(), stop_ids={0})
+    assert shown() == "A:"
+    printer.watch([*b"ax1"])
+    assert shown() == "a"
+    printer.watch([ord("b"), 0, ord("2")])
+    assert shown() == "b"
+    printer.watch([0, None, ord("3")])
+    assert shown() == "\n\nB:x\n\nC:123"
+    printer.watch([None, None, ord("4")])
+    assert shown() == "4"
+    printer.finish()
+    assert shown() == "\n"
