@@ -9,6 +9,9 @@ backend and for groups of any size (other factors divide twice on a group of one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -46,6 +49,20 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
 def sharded(model: nn.Module) -> list[FSDPModule]:
     """Every module that has a group of its own."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """For forwards that no backward follows: drops the gathered weights at the end.
+
+    Where weights stay gathered between forward and backward they would stay so for good, and
+    `named_parameters` would name the gathered copies, in the compute dtype, and not the masters.
+    """
+    try:
+        yield
+    finally:
+        for module in sharded(model):
+            module.reshard()
 
 
 def reduce_gradients_now(model: nn.Module, now: bool) -> None:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ossature.config import SampleConfig, TrainConfig
 from ossature.data.loader import Batch, Loader
 from ossature.model.transformer import Transformer
+from ossature.parallel.fsdp import inference
 from ossature.parallel.mesh import data_rank, sum_over_data
 from ossature.sample.generate import evaluating, generate
 from ossature.train.step import targets
@@ -46,7 +47,7 @@ def validate(model: Transformer, loader: Loader, mesh: DeviceMesh) -> float:
     device = model.lm_head.weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     counted = 0
-    with evaluating(model):
+    with evaluating(model), inference(model):
         for turn in _turns(loader, world):
             # Weights are gathered by all ranks together: one without a batch repeats another's.
             batch = turn[rank] if rank < len(turn) else turn[0]
@@ -83,15 +84,16 @@ def samples(
     prompts = [tokenizer.encode(prompt) for prompt in config.prompts]
     longest = max(len(prompt) for prompt in prompts)
     end = tokenizer.end_of_document
-    rows = generate(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        stop_ids=() if end is None else (end,),
-        pad_id=0 if end is None else end,
-        seed=seed,
-    )
+    with inference(model):
+        rows = generate(
+            model,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            stop_ids=() if end is None else (end,),
+            pad_id=0 if end is None else end,
+            seed=seed,
+        )
     texts = []
     for prompt, row in zip(config.prompts, rows[:, longest:].tolist(), strict=True):
         said = row[: row.index(end)] if end in row else row

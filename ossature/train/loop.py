@@ -137,7 +137,7 @@ def one_step(parts: Parts, batches: list[Batch], counted: int) -> Record:
         loss_scale=progress.loss_scale,
         log_router=routed,
     )
-    scaled_norm = global_norm(model.parameters())
+    scaled_norm = global_norm(parts.weights.values())
     # The one time in a step that the host waits for the device.
     heads = torch.stack([sums.loss, sums.router_loss, scaled_norm])
     numbers = torch.cat([heads, sums.entropy, sums.counts.flatten()]).tolist()
@@ -150,7 +150,7 @@ def one_step(parts: Parts, batches: list[Batch], counted: int) -> Record:
     progress.counted_tokens += counted
     good = math.isfinite(loss) and math.isfinite(norm)
     if good:
-        scale_and_clip(model.parameters(), scaled_norm, config.optim.clip, progress.loss_scale)
+        scale_and_clip(parts.weights.values(), scaled_norm, config.optim.clip, progress.loss_scale)
         for group in parts.optimizer.param_groups:
             group["lr"] = lr
         parts.optimizer.step()

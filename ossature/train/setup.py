@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ossature.checkpoint.steps import OPTIMIZER, Saver
@@ -44,6 +44,8 @@ class Parts:
     ranks: Ranks
     mesh: DeviceMesh
     model: Transformer
+    weights: dict[str, nn.Parameter]
+    """The masters by name, this rank's parts: taken when nothing is gathered."""
     optimizer: torch.optim.AdamW
     loader: Loader
     validation: Loader | None
@@ -58,9 +60,6 @@ class Parts:
     origin: str
     """Where the weights came from, for a person."""
 
-    def weights(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
-
     def optimizer_state(self) -> dict[str, Tensor]:
         """Moments, and the balancing biases: state of the training, with no place in weights."""
         return optim.state(self.optimizer) | dict(self.model.named_buffers())
@@ -69,7 +68,7 @@ class Parts:
         state = state_text(self.progress, self.data_state, self.config)
         files = {**self.small_files, "state.json": state.encode()}
         step = self.progress.step
-        self.saver.save(step, self.weights(), self.optimizer_state(), files)
+        self.saver.save(step, self.weights, self.optimizer_state(), files)
 
 
 def build(config: TrainConfig, ranks: Ranks) -> Parts:
@@ -97,7 +96,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         model = Transformer(shape)
     parallelize(model, mesh, config)
     model.to_empty(device=ranks.device)
-    optimizer = optim.build(model.named_parameters(), config.optim)
+    weights = dict(model.named_parameters())
+    optimizer = optim.build(weights.items(), config.optim)
     if config.router.bias_update_rate:
         for block in model.blocks.values():
             bias = torch.zeros(shape.num_local_experts, device=ranks.device)
@@ -110,6 +110,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         ranks=ranks,
         mesh=mesh,
         model=model,
+        weights=weights,
         optimizer=optimizer,
         loader=loader,
         validation=validation,
@@ -135,7 +136,7 @@ def resume(parts: Parts, folder: Path) -> None:
     The names in it must be exactly those of this run.
     """
     parts.progress, parts.data_state, _config = read_state(folder)
-    load_weights(folder, parts.weights())
+    load_weights(folder, parts.weights)
     load_weights(folder / OPTIMIZER, parts.optimizer_state())
     parts.loader.load_state(parts.data_state)
     parts.origin = f"{folder}, {parts.progress.step} steps done"

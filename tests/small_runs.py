@@ -1,0 +1,84 @@
+"""Small runs for tests: a tiny shape without two equal dimensions, and mock data in short rows."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ossature.config import DataConfig, TrainConfig
+from ossature.data.loader import Batch
+from ossature.model.config import SIZES, ModelConfig
+
+TINY = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_local_experts=8,
+    num_experts_per_tok=3,
+    sliding_window=7,
+    rope_original_context=64,
+    max_position_embeddings=2048,
+    initializer_range=0.1,
+    eos_token_id=None,
+    pad_token_id=None,
+)
+SIZES["tiny"] = TINY  # tests give it by name, in this process and in ranks forked from it
+
+
+def small_run(run: Path, **changes: Any) -> TrainConfig:
+    """A run of 6 steps of 4 rows, 1 row a micro-batch, in fp32; keys of groups as `optim__lr`."""
+    config = TrainConfig(
+        run=run,
+        model="tiny",
+        steps=6,
+        global_batch_tokens=128,
+        micro_batch_tokens=32,
+        precision="fp32",
+        data=DataConfig(mock=True, seq_len=32),
+    )
+    config = change(
+        config, optim__warmup_steps=2, optim__lr=1e-2, checkpoint__keep=0, log__tensorboard=False
+    )
+    return change(config, **changes)
+
+
+def change(config: TrainConfig, **changes: Any) -> TrainConfig:
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+        else:
+            config = replace(config, **{group: value})
+    return config
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def ragged_batch(rows: int, seq: int = 32, seed: int = 0, vocab: int = 96) -> Batch:
+    """Rows of two documents and padding; loss masks of very unequal density."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocab, (rows, seq), generator=g)
+    document, position = torch.zeros(rows, seq).long(), torch.arange(seq).repeat(rows, 1)
+    mask = torch.zeros(rows, seq, dtype=torch.bool)
+    for row in range(rows):
+        cut = int(torch.randint(3, seq - 6, (1,), generator=g))
+        document[row, cut:] = 1
+        position[row, cut:] -= cut
+        mask[row] = torch.rand(seq, generator=g) < (0.1, 0.9, 0.4, 0.7)[row % 4]
+        mask[row, 0] = mask[row, cut] = False
+        pad = row % 3
+        if pad:
+            document[row, -pad:], mask[row, -pad:] = -1, False
+    return Batch(tokens, position, document, mask)
+
+
+def part(batch: Batch, start: int, end: int) -> Batch:
+    return Batch(*(x[start:end] for x in batch))
