@@ -9,7 +9,7 @@ row goes on in the next row as a new run, with positions from 0.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class Row(NamedTuple):
     loss_mask: np.ndarray
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows of one corpus in the order they are used."""
 

@@ -1,0 +1,238 @@
+"""Build a data folder: parts in parallel, then one file per split, then the manifest.
+
+While it is built everything lies in OUTPUT.partial: the tokenizer, a file per finished part, and
+the folder that is renamed to OUTPUT at the end.  Parts are cut and named by the inputs alone, so
+neither the number of workers nor a restart changes a byte.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ossature.data import vocabulary, workers
+from ossature.data.blend import split_documents
+from ossature.data.build import Options, num_workers
+from ossature.data.corpus import MANIFEST, split_prefix
+from ossature.data.indexed import Writer, index_path, tokens_path
+from ossature.data.parts import Job, Record, make, tokens_and_lengths
+from ossature.data.sources import Part, cut, documents, find
+from ossature.data.tokenizer import Tokenizer, load
+
+TRAINING_BYTES = 2**28
+"""Of text that a tokenizer is trained on, taken from all over the input."""
+
+
+def build_folder(options: Options) -> dict[str, Any]:
+    """Write options.output and return its manifest; prints progress and a summary.
+
+    Raises:
+        ValueError: inputs, tokenizer or output that are not as they must be.
+        RuntimeError: a worker died.
+    """
+    began, output = time.monotonic(), options.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists and is not an empty folder")
+    found = find(options.inputs)
+    parts = cut(found.sources)
+    if not parts or not any(source.size_bytes for source in found.sources):
+        raise ValueError(f"{', '.join(options.inputs)}: no text in it")
+    partial = output.with_name(f"{output.name}.partial")
+    with _locked(partial):
+        tokenizer, tokenizer_folder = _tokenizer(options, parts, partial)
+        sha256 = tokenizer.sha256()
+        (partial / "parts").mkdir(exist_ok=True)
+        jobs = [
+            Job(part, f"{partial}/parts", str(tokenizer_folder), sha256, options.text_key)
+            for part in parts
+        ]
+        with _hashes([source.path for source in found.sources]) as hashes:
+            records = _make_all(jobs, num_workers(options))
+            source_hashes = [future.result() for future in hashes]
+        folder = partial / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        tokenizer.save(folder)
+        manifest = {
+            "ossature": version("ossature"),
+            "inputs": list(options.inputs),
+            "text_key": options.text_key,
+            "tokenizer": {
+                "name": "trained" if options.train_tokenizer else _name(options),
+                "sha256": sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_document": tokenizer.end_of_document,
+            },
+            "split": options.split,
+            "splits": _write_splits(folder, jobs, records, options.split),
+            "empty_documents": sum(record.empty for record in records),
+            "ignored_files": found.ignored,
+            "sources": [
+                {"path": source.path, "bytes": source.size_bytes, "sha256": digest}
+                for source, digest in zip(found.sources, source_hashes, strict=True)
+            ],
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        for path in folder.iterdir():
+            _sync(path)
+        folder.rename(output)
+        shutil.rmtree(partial)
+    _summary(manifest, records, time.monotonic() - began, output)
+    return manifest
+
+
+def _name(options: Options) -> str:
+    return options.tokenizer or "o200k_harmony"
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the folder of work; a second build of the same output would spoil it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{partial}: another build is at work there") from None
+        yield
+
+
+def _tokenizer(options: Options, parts: Sequence[Part], partial: Path) -> tuple[Tokenizer, Path]:
+    """The tokenizer, and a folder from which the workers load it."""
+    folder = partial / "tokenizer"
+    if options.train_tokenizer:
+        depends_on = (tuple(parts), options.train_tokenizer, options.text_key)
+        key = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
+        folder = partial / f"tokenizer-{key}"
+        if not folder.exists():  # otherwise an earlier start has trained it
+            print(f"training a tokenizer of {options.train_tokenizer} tokens", flush=True)
+            texts = _training_texts(parts, options.text_key)
+            tokenizer = Tokenizer(vocabulary.train(texts, options.train_tokenizer), "trained")
+            tokenizer.save(unfinished := partial / f"tokenizer.partial-{os.getpid()}")
+            unfinished.rename(folder)
+    else:
+        load(_name(options), options.vocabulary).save(folder)
+    return load(folder), folder
+
+
+def _training_texts(parts: Sequence[Part], text_key: str) -> Iterator[str]:
+    """Every n-th part, so that about TRAINING_BYTES are taken."""
+    total = sum(_size(part) for part in parts)
+    stride = 1 + total // TRAINING_BYTES
+    taken = 0
+    for part in parts[::stride]:
+        for text in documents(part, text_key):
+            yield text
+            taken += len(text)
+            if taken >= TRAINING_BYTES:
+                return
+
+
+@contextmanager
+def _hashes(paths: Sequence[str]) -> Iterator[list[Any]]:
+    """Futures of the hashes of files, computed by a thread while the workers encode."""
+
+    def sha256(path: str) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield [pool.submit(sha256, path) for path in paths]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _make_all(jobs: Sequence[Job], num_workers: int) -> list[Record]:
+    """Make every part; a line shows how far and how fast."""
+    records: dict[int, Record] = {}
+    sizes = [_size(job.part) for job in jobs]
+    columns = [
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%  {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("tokenizing", total=sum(sizes), rate="")
+        began, made = time.monotonic(), 0
+        for n, record in workers.run(make, jobs, num_workers, lambda job: job.part.name):
+            records[n] = record
+            made += 0 if record.found else record.tokens
+            rate = f"{made / (time.monotonic() - began):,.0f} tokens/s"
+            progress.update(bar, advance=sizes[n], rate=rate)
+    return [records[n] for n in range(len(jobs))]
+
+
+def _size(part: Part) -> int:
+    """Bytes, or for tables units: only shares of the whole are shown."""
+    return part.stop - part.start or sum(source.size_bytes for source in part.sources)
+
+
+def _write_splits(
+    folder: Path, jobs: Sequence[Job], records: Sequence[Record], shares: str
+) -> dict[str, dict[str, Any]]:
+    """Copy the parts, in order, into one indexed file per split."""
+    total = sum(record.documents for record in records)
+    splits: dict[str, dict[str, Any]] = {}
+    for split, wanted in split_documents(total, shares).items():
+        prefix = split_prefix(folder, split)
+        writer = Writer(prefix)
+        before = 0
+        for job, record in zip(jobs, records, strict=True):
+            first = max(wanted.start - before, 0)
+            last = min(wanted.stop - before, record.documents)
+            before += record.documents
+            if first >= last:
+                continue
+            tokens, lengths = tokens_and_lengths(job.path)
+            ends = np.cumsum(lengths, dtype=np.int64)
+            start, stop = ends[first] - lengths[first], ends[last - 1]
+            writer.add(tokens[start:stop], lengths[first:last])
+        writer.close()
+        splits[split] = {"documents": writer.num_documents, "tokens": writer.num_tokens}
+        for path in (tokens_path(prefix), index_path(prefix)):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            splits[split][f"{path.suffix[1:]}_sha256"] = digest
+    return splits
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _summary(
+    manifest: dict[str, Any], records: Sequence[Record], seconds: float, output: Path
+) -> None:
+    for split, numbers in manifest["splits"].items():
+        print(f"{split:>12} {numbers['documents']:>12,} documents {numbers['tokens']:>15,} tokens")
+    kept = sum(record.tokens for record in records if record.found)
+    tokens = sum(record.tokens for record in records)
+    documents = sum(record.documents for record in records)
+    notes = [f"{kept:,} tokens found from an earlier start"] if kept else []
+    if manifest["empty_documents"]:
+        notes.append(f"{manifest['empty_documents']:,} empty documents left out")
+    if manifest["ignored_files"]:
+        names = ", ".join(manifest["ignored_files"][:3])
+        notes.append(f"{len(manifest['ignored_files']):,} files of other kinds not read ({names})")
+    for note in notes:
+        print(note)
+    print(
+        f"{output}: {tokens:,} tokens, {documents:,} documents, vocabulary "
+        f"{manifest['tokenizer']['vocab_size']:,}, {(tokens - kept) / seconds:,.0f} tokens/s"
+    )
