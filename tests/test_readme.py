@@ -1,0 +1,110 @@
+"""What the README says is true: its tree, its commands with every option, its links, its code."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ossature
+from ossature.cli import VERBS
+from tests.golden import ROOT
+from tests.tiny import hugging_face_model, ours
+
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every command line of the README's shell blocks, as words."""
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def tree() -> list[str]:
+    """The paths that the README's tree draws, two spaces of indent a level."""
+    drawn = next(block for block in blocks("") if block.startswith("ossature/"))
+    paths, folders = [], []
+    for line in drawn.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name.rstrip("/")]
+        if not name.endswith("/"):
+            paths.append("/".join(folders))
+            assert len(line.split()) > 1, f"{name}: say what it is"
+    return paths
+
+
+def test_the_tree_is_the_files():
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "ossature").rglob("*.py")
+        if path.name != "__init__.py" or path.stat().st_size
+    ]
+
+    assert sorted(tree()) == sorted(files)
+
+
+def test_no_module_has_more_than_500_lines():
+    for path in (ROOT / "ossature").rglob("*.py"):
+        assert len(path.read_text("utf-8").splitlines()) <= 500, path
+
+
+def test_every_command_is_shown():
+    shown = {" ".join(words) for words in commands()}
+
+    for verb in VERBS:
+        assert any(f"ossature {verb} " in line for line in shown), verb
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_shown_with_a_command_is_one_of_its_options(verb: str):
+    lines = [words[words.index("ossature") :] for words in commands() if "ossature" in words]
+    lines = [words for words in lines if words[1 : 1 + len(verb.split())] == verb.split()]
+    options = {word.partition("=")[0] for words in lines for word in words if word[:2] == "--"}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "ossature", *verb.split(), "--help"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+    known = set(re.findall(r"--[a-z][a-z0-9_.-]*", done.stdout))
+    assert options <= known, options - known
+
+
+def test_every_make_target_and_script_exists():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for words in commands():
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in makefile, words
+        for word in words:
+            if word.endswith((".toml", ".sh")):
+                assert (ROOT / word).is_file(), word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    ossature.save_model(ours(hugging_face_model()), "runs/export")
+    (program,) = blocks("python")
+    names: dict[str, object] = {}
+
+    exec(compile(program, "README.md", "exec"), names)
+
+    logits, out = names["logits"], names["out"]
+    assert isinstance(logits, torch.Tensor) and logits.shape == (1, 5, 96)
+    assert isinstance(out, torch.Tensor) and out.shape == (1, 21)
+    assert Path("runs/copy/config.json").is_file()
