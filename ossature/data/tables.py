@@ -81,6 +81,8 @@ def arrow_files(name: str) -> list[Path]:
     Args:
         name: `owner/name`, `owner/name:split` or `owner/name:config:split`.
     """
+    if "[" in name:  # its Arrow files would be those of the whole split
+        raise ValueError(f"{name}: a slice of a split is not read: name a whole split")
     repository, *rest = name.split(":")
     if repository.count("/") != 1 or len(rest) > 2 or repository.startswith((".", "/")):
         raise ValueError(f"{name}: no such file or folder")
@@ -92,8 +94,6 @@ def arrow_files(name: str) -> list[Path]:
             "'ossature[hf]'"
         ) from None
     *config, split = rest or ["train"]
-    if "[" in split:
-        raise ValueError(f"{name}: a slice of a split is not read: name a whole split")
     try:
         table = datasets.load_dataset(repository, *config, split=split)
     except (OSError, ValueError) as error:

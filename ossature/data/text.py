@@ -7,7 +7,6 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from typing import IO
 
 PACKED = (".gz", ".zst")
 CHUNK_BYTES = 2**20
@@ -55,7 +54,7 @@ def _text_of(line: bytes, text_key: str) -> str:
     try:
         record = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from None
     if not isinstance(record, dict) or text_key not in record:
         keys = f"it has {', '.join(record)}" if isinstance(record, dict) else "it is no object"
         raise ValueError(f"no key {text_key!r} (--text-key): {keys}")
@@ -81,16 +80,16 @@ def _lines_before(path: str, end: int) -> int:
     return lines
 
 
-def _read(file: IO[bytes], path: str, line: bool = False) -> bytes:
+def _read(file: io.BufferedIOBase, path: str, line: bool = False) -> bytes:
     try:
         return file.readline() if line else file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: truncated or damaged: {error}") from None
 
 
-def _open(path: str) -> IO[bytes]:
+def _open(path: str) -> io.BufferedIOBase:
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.endswith(".zst"):
         return io.BufferedReader(_Zstandard(path), CHUNK_BYTES)
     return open(path, "rb")

@@ -1,6 +1,7 @@
 """Small corpora for the tests: documents of numbered tokens, written as indexed files."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,20 @@ def write_documents(prefix: Path, documents: Sequence[Sequence[int]]) -> Path:
 def numbered(lengths: Sequence[int], first: int = 0) -> list[list[int]]:
     """Documents of these lengths; every token of the corpus has its own number."""
     ends = np.cumsum([first, *lengths])
-    return [list(range(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [list(range(a, b)) for a, b in pairwise(ends)]
 
 
 def loader(path: Path | None = None, **options: Any) -> Loader:
-    """A loader over a prefix whose documents all go to training, unless options say otherwise."""
-    data = {"path": path, "split": "1", "seq_len": 8}
-    data |= {key: options.pop(key) for key in list(options) if hasattr(DataConfig, key)}
+    """A loader over a prefix whose documents all go to training, unless options say otherwise.
+
+    `shares` is the key data.split; the other options are keys of `data` or arguments of Loader.
+    """
+    data: dict[str, Any] = {"path": path, "seq_len": 8, "split": options.pop("shares", "")}
+    if path is not None and path.with_suffix(".idx").exists() and not data["split"]:
+        data["split"] = "1"
+    for key in ("seq_len", "blend", "mock", "separate_documents"):
+        if key in options:
+            data[key] = options.pop(key)
     sizes = {"global_batch_rows": 4, "micro_batch_rows": 1, "vocab_size": 10_000}
     return Loader(DataConfig(**data), **(sizes | options))
 
