@@ -107,10 +107,14 @@ class IndexedTokens:
         last = bisect.bisect_left(
             range(self.num_documents), stop, lo=first, key=self.document_start
         )
-        sequences = self._documents[first:last].astype(np.int64)
         self._check_stretch(start, stop)
-        places = self._pointers[sequences[sequences < len(self._pointers)]]
-        return np.unique(places // self.dtype.itemsize)
+        sequences = self._documents[first:last].astype(np.int64)
+        sequences = sequences[sequences < len(self._pointers)]  # not of empty documents at the end
+        if not len(sequences):
+            return sequences
+        # A slice, then its elements: numpy would align (copy) the whole array to pick from it.
+        pointers = self._pointers[sequences[0] : sequences[-1] + 1].astype(np.int64)
+        return np.unique(pointers[sequences - sequences[0]] // self.dtype.itemsize)
 
     def _check_stretch(self, start: int, stop: int) -> None:
         """Every sequence in these tokens begins where the one before it ends."""
