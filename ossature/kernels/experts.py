@@ -108,7 +108,7 @@ def _experts(
     expert = _expert_of_rows(counts, len(rows))
     gate_up = F.grouped_mm(rows, gate_up_weight.mT, offs=ends) + gate_up_bias[expert]
     gate, up = gate_up[:, 0::2].contiguous(), gate_up[:, 1::2].contiguous()
-    inner = _activate(gate, up, alpha, limit).mul_(weights[:, None])
+    inner = _activate(gate, up, alpha, limit).mul_(weights[:, None] / alpha)
     out = F.grouped_mm(inner, down_weight.mT, offs=ends)
     return out.add_(down_bias[expert] * weights[:, None]), gate, up
 
@@ -118,22 +118,23 @@ def _(
     rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor,
     down_weight: Tensor, down_bias: Tensor, alpha: float, limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    inner_size = down_weight.shape[2]
-    gate, up = rows.new_empty(len(rows), inner_size), rows.new_empty(len(rows), inner_size)
-    out = torch.empty_like(rows)
-    for expert, span in _spans(counts):
+    # Results go to padded windows in ascending order: what a window writes past its own rows is
+    # overwritten by the experts they belong to.
+    inner_size, spare = down_weight.shape[2], len(rows) + _ROUND
+    gate, up = rows.new_empty(spare, inner_size), rows.new_empty(spare, inner_size)
+    out = rows.new_empty(spare, rows.shape[1])
+    for expert, start, count in _used_experts(counts):
+        span, window = slice(start, start + count), slice(start, start + _padded(count))
+        x = _cut(rows, window)
         # Every second row of gate_up is the gate's: a stride, not a copy.
-        torch.addmm(
-            gate_up_bias[expert, 0::2], rows[span], gate_up_weight[expert, 0::2].mT, out=gate[span]
-        )
-        torch.addmm(
-            gate_up_bias[expert, 1::2], rows[span], gate_up_weight[expert, 1::2].mT, out=up[span]
-        )
-        weight = weights[span, None]
-        inner = _activate(gate[span], up[span], alpha, limit).mul_(weight)
-        torch.mm(inner, down_weight[expert].mT, out=out[span])
-        out[span].addcmul_(down_bias[expert], weight)
-    return out, gate, up
+        for half, part in enumerate((gate, up)):
+            bias, weight = gate_up_bias[expert, half::2], gate_up_weight[expert, half::2]
+            torch.addmm(bias, x, weight.mT, out=part[window])
+        inner = _activate(gate[window], up[window], alpha, limit)
+        inner[:count].mul_(weights[span, None] / alpha)
+        torch.mm(inner, down_weight[expert].mT, out=out[window])
+        out[span].addcmul_(down_bias[expert], weights[span, None])
+    return out[: len(rows)], gate[: len(rows)], up[: len(rows)]
 
 
 @torch.library.custom_op("ossature::experts_backward", mutates_args=())
@@ -147,8 +148,8 @@ def _experts_backward(
     expert = _expert_of_rows(counts, len(rows))
     inner = _activate(gate, up, alpha, limit)
     dinner = F.grouped_mm(dout, down_weight, offs=ends)
-    dweights = (dinner * inner).sum(-1) + (dout * down_bias[expert]).sum(-1)
-    weight = weights[:, None]
+    dweights = (dinner * inner).sum(-1) / alpha + (dout * down_bias[expert]).sum(-1)
+    weight = weights[:, None] / alpha
     dgate, dup = _activate_backward(dinner.mul_(weight), gate, up, alpha, limit)
     dgate_up = torch.stack([dgate, dup], dim=-1).flatten(1)
     drows = F.grouped_mm(dgate_up, gate_up_weight, offs=ends)
@@ -158,7 +159,7 @@ def _experts_backward(
     dgate_up_weight = F.grouped_mm(dgate_up.mT, rows, offs=ends)
     dgate_up_bias = torch.zeros_like(gate_up_bias).index_add_(0, expert, dgate_up)
     ddown_weight = F.grouped_mm(dout.mT, inner.mul_(weight), offs=ends)
-    ddown_bias = torch.zeros_like(down_bias).index_add_(0, expert, dout * weight)
+    ddown_bias = torch.zeros_like(down_bias).index_add_(0, expert, dout * weights[:, None])
     return drows, dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
 
 
@@ -168,30 +169,39 @@ def _(
     gate_up_bias: Tensor, down_weight: Tensor, down_bias: Tensor, gate: Tensor, up: Tensor,
     alpha: float, limit: float, frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    drows, dweights = torch.empty_like(rows), torch.empty_like(weights)
+    drows, dweights = rows.new_empty(len(rows) + _ROUND, rows.shape[1]), torch.empty_like(weights)
     parameters = gate_up_weight, gate_up_bias, down_weight, down_bias
     dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias = (
         rows.new_empty(0) if frozen else torch.empty_like(x) for x in parameters
     )
-    for expert in (counts == 0).nonzero().flatten().tolist():
-        for unused in (dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias):
-            unused[expert : expert + 1] = 0  # also when frozen, and then there is nothing
-    for expert, span in _spans(counts):
-        dout_e, weight = dout[span], weights[span, None]
-        inner = _activate(gate[span], up[span], alpha, limit)
-        dinner = dout_e @ down_weight[expert]
-        dweights[span] = (dinner * inner).sum(-1) + dout_e @ down_bias[expert]
-        dgate, dup = _activate_backward(dinner.mul_(weight), gate[span], up[span], alpha, limit)
-        torch.mm(dgate, gate_up_weight[expert, 0::2], out=drows[span])
-        drows[span].addmm_(dup, gate_up_weight[expert, 1::2])
+    if not frozen:
+        for unused in (counts == 0).nonzero().flatten().tolist():
+            for gradient in (dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias):
+                gradient[unused] = 0
+    for expert, start, count in _used_experts(counts):
+        span, window = slice(start, start + count), slice(start, start + _padded(count))
+        weight = weights[span, None] / alpha
+        dy, g, u = (_cut(x, window) for x in (dout, gate, up))
+        inner = _activate(g, u, alpha, limit)
+        dinner = dy @ down_weight[expert]
+        dweights[span] = (dinner[:count] * inner[:count]).sum(-1) / alpha
+        dweights[span] += (dy[:count] * down_bias[expert]).sum(-1)
+        dinner[:count].mul_(weight)
+        dinner[count:] = 0  # rows of the next experts, or of none
+        dgate, dup = _activate_backward(dinner, g, u, alpha, limit)
+        torch.mm(dgate, gate_up_weight[expert, 0::2], out=drows[window])
+        drows[window].addmm_(dup, gate_up_weight[expert, 1::2])
         if frozen:
             continue
+        x = _cut(rows, window)
         for half, part in enumerate((dgate, dup)):
-            dgate_up_weight[expert, half::2] = part.mT @ rows[span]
+            dgate_up_weight[expert, half::2] = part.mT @ x
             dgate_up_bias[expert, half::2] = part.sum(0)
-        torch.mm(dout_e.mT, inner.mul_(weight), out=ddown_weight[expert])
-        ddown_bias[expert] = weights[span] @ dout_e
-    return drows, dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
+        inner[:count].mul_(weight)
+        inner[count:] = 0
+        torch.mm(dy.mT, inner, out=ddown_weight[expert])
+        ddown_bias[expert] = (dy[:count] * weights[span, None]).sum(0)
+    return drows[: len(rows)], dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
 
 
 @_experts.register_fake
@@ -232,34 +242,49 @@ _experts.register_autograd(_gradient, setup_context=_save)
 
 
 def _activate(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
-    """As `ossature.model.moe.swiglu`, on the two halves."""
+    """alpha times `ossature.model.moe.swiglu`, on the two halves."""
     act = F.silu(gate.clamp(max=limit).mul_(alpha), inplace=True)
-    return act.mul_(up.clamp(-limit, limit).add_(1)).div_(alpha)
+    return act.mul_(up.clamp(-limit, limit).add_(1))
 
 
 def _activate_backward(
     dinner: Tensor, gate: Tensor, up: Tensor, alpha: float, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up; a clamp passes its gradient up to the limit, that included."""
+    """Gradients of gate and up for that of `_activate`; a clamp passes it at the limit too."""
     # hardtanh_backward passes values strictly inside its bounds.
     wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
     bound = float(torch.tensor(limit, dtype=wide).nextafter(torch.tensor(torch.inf, dtype=wide)))
     scaled = gate.clamp(max=limit).mul_(alpha)
     shifted = up.clamp(-limit, limit).add_(1).mul_(dinner)
-    dgate = torch.ops.aten.silu_backward(shifted, scaled)
-    dup = F.silu(scaled, inplace=True).mul_(dinner).div_(alpha)
+    dgate = torch.ops.aten.silu_backward(shifted, scaled).mul_(alpha)
+    dup = F.silu(scaled, inplace=True).mul_(dinner)
     clamp_backward = torch.ops.aten.hardtanh_backward
     return clamp_backward(dgate, gate, -torch.inf, bound), clamp_backward(dup, up, -bound, bound)
 
 
-def _spans(counts: Tensor) -> list[tuple[int, slice]]:
-    """The rows of every expert that has any."""
-    spans, start = [], 0
+# The CPU's matrix products are prepared once per shape, which takes as long as a small product and
+# keeps a megabyte: the numbers of rows are rounded up to few values.
+_ROUND = 64
+
+
+def _padded(count: int) -> int:
+    return -(-count // _ROUND) * _ROUND if count > 8 else count
+
+
+def _cut(x: Tensor, window: slice) -> Tensor:
+    """x[window], filled up with zeros where the window goes past the end."""
+    missing = window.stop - len(x)
+    return x[window] if missing <= 0 else F.pad(x[window], (0, 0, 0, missing))
+
+
+def _used_experts(counts: Tensor) -> list[tuple[int, int, int]]:
+    """Expert, its first row and its number of rows, for every expert that has any."""
+    used, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         if count:
-            spans.append((expert, slice(start, start + count)))
+            used.append((expert, start, count))
         start += count
-    return spans
+    return used
 
 
 def _expert_of_rows(counts: Tensor, rows: int) -> Tensor:
