@@ -195,7 +195,7 @@ def _(
             continue
         x = _cut(rows, window)
         for half, part in enumerate((dgate, dup)):
-            dgate_up_weight[expert, half::2] = part.mT @ x
+            torch.mm(part.mT, x, out=dgate_up_weight[expert, half::2])
             dgate_up_bias[expert, half::2] = part.sum(0)
         inner[:count].mul_(weight)
         inner[count:] = 0
