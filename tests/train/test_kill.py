@@ -1,0 +1,218 @@
+"""Kill -9 at any moment: the last whole checkpoint is there, and going on from it is exact."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ossature.checkpoint import steps as checkpoint_steps
+from ossature.checkpoint import store
+from ossature.train.loop import train
+from tests.ranks import run_ranks
+from tests.small_runs import records, small_run
+from tests.train.test_loop import assert_same_run, worst_difference
+
+RUN = {"steps": 8, "checkpoint__every_steps": 1, "checkpoint__keep": 2}
+
+
+def killed_child(config, prepare: Callable[[], None], seconds: float = 60.0) -> int:
+    """Train in a fork of this process; its exit status, negative for the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        try:
+            prepare()
+            train(config)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError(f"the child took more than {seconds} s")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(module, name: str, number: int) -> Callable[[], None]:
+    """Makes the process kill itself as it enters the `number`th call of a function."""
+
+    def prepare() -> None:
+        calls = []
+        plain = getattr(module, name)
+
+        def counting(*args, **options):
+            calls.append(0)
+            if len(calls) == number:
+                die()
+            return plain(*args, **options)
+
+        setattr(module, name, counting)
+
+    return prepare
+
+
+# One checkpoint calls save_weights twice (optimizer, then weights), _write_synced for config.json
+# and state.json, _sync_folder three times (the last after the rename), and, from the third
+# checkpoint on, rmtree for the oldest.
+MOMENTS = {
+    "before the optimizer of step 3": (checkpoint_steps, "save_weights", 5, 2),
+    "between optimizer and weights of step 3": (checkpoint_steps, "save_weights", 6, 2),
+    "before state.json of step 3": (checkpoint_steps, "_write_synced", 6, 2),
+    "before the rename of step 3": (checkpoint_steps, "_sync_folder", 8, 2),
+    "after the rename of step 3": (checkpoint_steps, "_sync_folder", 9, 3),
+    "while step 2 is removed": (checkpoint_steps.shutil, "rmtree", 6, 4),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_during_a_save_leaves_the_last_whole_step(tmp_path, moment):
+    module, name, number, step = MOMENTS[moment]
+    train(small_run(tmp_path / "a", **RUN))
+    config = small_run(tmp_path / "b", **RUN)
+    assert killed_child(config, at_call(module, name, number)) == -signal.SIGKILL
+    last = store.newest(tmp_path / "b")
+    assert last and store.step_of(last) == step
+    store.load_weights(last, {n: torch.empty(s) for n, (s, _) in store.list_weights(last).items()})
+    train(config)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert not list((tmp_path / "b" / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_kills_at_random_moments_leave_no_trace(tmp_path, asynchronous):
+    config = small_run(tmp_path / "b", checkpoint__asynchronous=asynchronous, **RUN)
+    began = time.monotonic()
+    train(small_run(tmp_path / "a", **RUN))
+    whole = time.monotonic() - began
+    draw = random.Random(int(asynchronous))
+    kills = 0
+
+    def later() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: die())
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, whole))
+
+    for _ in range(3):
+        draw.random()
+        kills += killed_child(config, later) == -signal.SIGKILL
+    train(config)
+    assert kills
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def _die_together(rank: int, world: int, config) -> None:
+    """Both ranks are killed while the third checkpoint is written, after half of it."""
+    plain, calls = checkpoint_steps.save_weights, []
+
+    def counting(*args):
+        plain(*args)
+        calls.append(0)
+        if len(calls) == 5:
+            dist.barrier()
+            (config.run / f"reached{rank}").touch()
+            die()
+
+    checkpoint_steps.save_weights = counting
+    train(config)
+
+
+def _train(rank: int, world: int, config) -> None:
+    train(config)
+
+
+def test_two_ranks_killed_during_a_save_go_on_from_the_last_whole_step(tmp_path):
+    config = small_run(tmp_path / "b", **RUN)
+    with pytest.raises(Exception, match="SIGKILL"):
+        run_ranks(2, _die_together, config)
+    assert (config.run / "reached0").exists() and (config.run / "reached1").exists()
+    last = store.newest(config.run)
+    assert last and store.step_of(last) == 2
+    run_ranks(2, _train, config)
+    train(small_run(tmp_path / "a", **RUN))
+    assert worst_difference(tmp_path / "a", config.run) < 1e-4
+    assert [r["step"] for r in records(config.run)] == list(range(1, 9))
+
+
+def command(run: Path, *more: str) -> list[str]:
+    """A run of the debug size through the command line."""
+    return [
+        sys.executable, "-m", "ossature", "train", f"--run={run}", "--data.mock", "true",
+        "--data.seq_len", "32", "--micro_batch_tokens", "32", "--global_batch_tokens", "64",
+        "--optim.warmup_steps", "2", "--log.tensorboard", "false", *more,
+    ]  # fmt: skip
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(records(run)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_with_0_and_says_how_to_go_on(tmp_path, number):
+    process = subprocess.Popen(
+        command(tmp_path, "--steps", "10000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    last = store.newest(tmp_path)
+    assert last and store.step_of(last) == len(records(tmp_path))
+    assert (
+        out.splitlines()[-1]
+        == f"to go on: ossature train {' '.join(command(tmp_path)[4:])} --steps 10000"
+    )
+    assert err == ""
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    """Under a debugger or a hanging file system nobody wants to wait for a step."""
+    child = os.fork()
+    if child == 0:
+        from ossature.train.signals import StopRequest
+
+        try:
+            with StopRequest() as stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert stop.asked
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(30)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_signal_on_and_all_ranks_save(tmp_path):
+    words = command(tmp_path, "--steps", "10000")[3:]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "ossature", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, _err = process.communicate(timeout=60)
+    last = store.newest(tmp_path)
+    assert last and store.step_of(last) == len(records(tmp_path))
+    assert out.count("to go on: torchrun --nproc-per-node 2 -m ossature train") == 1
