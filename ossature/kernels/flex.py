@@ -53,6 +53,29 @@ def flex_mask(run: Tensor, window: int | None) -> BlockMask:
     )
 
 
+def split_flex_mask(
+    query_run: Tensor, query_place: Tensor, key_run: Tensor, key_place: Tensor, window: int | None
+) -> BlockMask:
+    """`flex_mask` of queries and keys that are two different choices of a row's tokens.
+
+    Args:
+        query_run, key_run: (batch, queries) and (batch, keys) numbers of the tokens' documents.
+        query_place, key_place: (queries,) and (keys,) places in the row.
+    """
+    batch, queries = query_run.shape
+    keys = key_run.shape[1]
+    reach = 2**31 if window is None else window
+    return create_block_mask(
+        lambda b, _head, query, key: (
+            (query_place[query] >= key_place[key])
+            & (query_place[query] - key_place[key] < reach)
+            & (query_run[b, query] == key_run[b, key])
+        ),
+        *(batch, None, queries, keys),
+        device=query_run.device.type,
+    )
+
+
 @functools.cache
 def _flex(device_type: str):
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention

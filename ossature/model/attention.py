@@ -70,7 +70,7 @@ class Attention(nn.Module):
         elif self.form == "eager":
             heads = attend(q, k, v, sinks=self.sinks(), mask=layout.mask(self.window))
         else:
-            heads = fast_attend(q, k, v, sinks=self.sinks(), layout=layout, window=self.window)
+            heads = layout.attend(q, k, v, sinks=self.sinks(), window=self.window)
         return self.o_proj(heads.flatten(-2))
 
 
@@ -172,6 +172,12 @@ class Layout:
     def longest(self) -> int:
         """Tokens of the longest document."""
         return int(self.bounds.diff().max())
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, window: int | None
+    ) -> Tensor:
+        """`fast_attend` with this layout; where a row is split over ranks, its layout knows how."""
+        return fast_attend(q, k, v, sinks=sinks, layout=self, window=window)
 
     def mask(self, window: int | None) -> Bool[Tensor, "batch seq seq"]:
         if ("mask", window) not in self._kept:

@@ -53,6 +53,7 @@ class Transformer(nn.Module):
         targets: Int[Tensor, "batch seq"] | None = None,
         router_log: RouterLog | None = None,
         cache: Cache | None = None,
+        layout: Layout | None = None,
     ) -> Float[Tensor, "batch places vocab"] | Float[Tensor, ""]:
         """Logits; or, with targets, the sum of the cross-entropy over the counted ones, in fp32.
 
@@ -64,28 +65,42 @@ class Transformer(nn.Module):
             router_log: filled with the statistics of every layer.
             cache: what the rows have seen so far; `tokens` go on from there, as part of the last
                 document of their row, and only the last place has logits: (batch, 1, vocab).
+            layout: which tokens see which; default from `document`.  With it comes `position`.
         """
         if document is None:
             document = torch.zeros_like(tokens)
+        seen: Layout | Step
         if cache is None or not cache.length:
-            layout = Layout(document)
-            position = layout.position if position is None else position
+            seen = Layout(document) if layout is None else layout
+            position = seen.position if position is None else position
             if cache is not None:
-                cache.start(layout.run, position)
+                cache.start(seen.run, position)
         else:
-            layout = cache.step(tokens)
-            position = layout.position
-        turn = rotation(self.config, position)
+            seen = cache.step(tokens)
+            position = seen.position
         counted = None if router_log is None else document >= 0
-        x = self.embedding(tokens)
+        x = self.through_blocks(self.embedding(tokens), position, seen, counted, router_log, cache)
+        if cache is not None:
+            x = x[:, -1:]
+        return self.lm_head(self.norm(x), targets)
+
+    def through_blocks(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        position: Int[Tensor, "batch places"],
+        layout: Layout | Step,
+        counted: Bool[Tensor, "batch places"] | None,
+        router_log: RouterLog | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Every block that is there, in order; a pipeline stage has only some of them."""
+        turn = rotation(self.config, position)
         for number, block in self.blocks.items():
             kept = None if cache is None else cache.layers[int(number)]
             x, statistics = block(x, turn, layout, counted, kept)
             if router_log is not None:
                 router_log.layers.append(statistics)
-        if cache is not None:
-            x = x[:, -1:]
-        return self.lm_head(self.norm(x), targets)
+        return x
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

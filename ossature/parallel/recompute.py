@@ -24,7 +24,7 @@ KEPT = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "ossature::experts", "ossature::full_attention", "ossature::window_attention",
-    "flex_attention",
+    "ossature::chunk_attention", "flex_attention",
 )  # fmt: skip
 
 
