@@ -29,7 +29,9 @@ def sort_by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         counts: (experts,) int64.
     """
     flat = chosen.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=experts)
+    # Not bincount: on CUDA that waits for the device.
+    counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
+    return flat.argsort(stable=True), counts
 
 
 def dispatch(x: Tensor, order: Tensor, k: int) -> Tensor:
@@ -103,38 +105,11 @@ def _experts(
     rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor,
     down_weight: Tensor, down_bias: Tensor, alpha: float, limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output rows, gate and up; in one grouped product each, without a look at the counts."""
-    ends = counts.cumsum(0, dtype=torch.int32)
-    expert = _expert_of_rows(counts, len(rows))
-    gate_up = F.grouped_mm(rows, gate_up_weight.mT, offs=ends) + gate_up_bias[expert]
-    gate, up = gate_up[:, 0::2].contiguous(), gate_up[:, 1::2].contiguous()
-    inner = _activate(gate, up, alpha, limit).mul_(weights[:, None] / alpha)
-    out = F.grouped_mm(inner, down_weight.mT, offs=ends)
-    return out.add_(down_bias[expert] * weights[:, None]), gate, up
-
-
-@_experts.register_kernel("cpu")
-def _(
-    rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor,
-    down_weight: Tensor, down_bias: Tensor, alpha: float, limit: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    # Results go to padded windows in ascending order: what a window writes past its own rows is
-    # overwritten by the experts they belong to.
-    inner_size, spare = down_weight.shape[2], len(rows) + _ROUND
-    gate, up = rows.new_empty(spare, inner_size), rows.new_empty(spare, inner_size)
-    out = rows.new_empty(spare, rows.shape[1])
-    for expert, start, count in _used_experts(counts):
-        span, window = slice(start, start + count), slice(start, start + _padded(count))
-        x = _cut(rows, window)
-        # Every second row of gate_up is the gate's: a stride, not a copy.
-        for half, part in enumerate((gate, up)):
-            bias, weight = gate_up_bias[expert, half::2], gate_up_weight[expert, half::2]
-            torch.addmm(bias, x, weight.mT, out=part[window])
-        inner = _activate(gate[window], up[window], alpha, limit)
-        inner[:count].mul_(weights[span, None] / alpha)
-        torch.mm(inner, down_weight[expert].mT, out=out[window])
-        out[span].addcmul_(down_bias[expert], weights[span, None])
-    return out[: len(rows)], gate[: len(rows)], up[: len(rows)]
+    """Output rows, gate and up."""
+    run = _grouped if _has_grouped_product(rows) else _loop
+    return run(
+        rows, weights, counts, gate_up_weight, gate_up_bias, down_weight, down_bias, alpha, limit
+    )
 
 
 @torch.library.custom_op("ossature::experts_backward", mutates_args=())
@@ -144,64 +119,16 @@ def _experts_backward(
     alpha: float, limit: float, frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rows, weights and the four parameters (empty ones if the experts are frozen)."""
-    ends = counts.cumsum(0, dtype=torch.int32)
-    expert = _expert_of_rows(counts, len(rows))
-    inner = _activate(gate, up, alpha, limit)
-    dinner = F.grouped_mm(dout, down_weight, offs=ends)
-    dweights = (dinner * inner).sum(-1) / alpha + (dout * down_bias[expert]).sum(-1)
-    weight = weights[:, None] / alpha
-    dgate, dup = _activate_backward(dinner.mul_(weight), gate, up, alpha, limit)
-    dgate_up = torch.stack([dgate, dup], dim=-1).flatten(1)
-    drows = F.grouped_mm(dgate_up, gate_up_weight, offs=ends)
-    if frozen:
-        none = rows.new_empty(0)
-        return drows, dweights, none, none.clone(), none.clone(), none.clone()
-    dgate_up_weight = F.grouped_mm(dgate_up.mT, rows, offs=ends)
-    dgate_up_bias = torch.zeros_like(gate_up_bias).index_add_(0, expert, dgate_up)
-    ddown_weight = F.grouped_mm(dout.mT, inner.mul_(weight), offs=ends)
-    ddown_bias = torch.zeros_like(down_bias).index_add_(0, expert, dout * weights[:, None])
-    return drows, dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
+    run = _grouped_backward if _has_grouped_product(rows) else _loop_backward
+    return run(
+        dout, rows, weights, counts, gate_up_weight, gate_up_bias, down_weight, down_bias, gate, up,
+        alpha, limit, frozen,
+    )  # fmt: skip
 
 
-@_experts_backward.register_kernel("cpu")
-def _(
-    dout: Tensor, rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor,
-    gate_up_bias: Tensor, down_weight: Tensor, down_bias: Tensor, gate: Tensor, up: Tensor,
-    alpha: float, limit: float, frozen: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    drows, dweights = rows.new_empty(len(rows) + _ROUND, rows.shape[1]), torch.empty_like(weights)
-    parameters = gate_up_weight, gate_up_bias, down_weight, down_bias
-    dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias = (
-        rows.new_empty(0) if frozen else torch.empty_like(x) for x in parameters
-    )
-    if not frozen:
-        for unused in (counts == 0).nonzero().flatten().tolist():
-            for gradient in (dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias):
-                gradient[unused] = 0
-    for expert, start, count in _used_experts(counts):
-        span, window = slice(start, start + count), slice(start, start + _padded(count))
-        weight = weights[span, None] / alpha
-        dy, g, u = (_cut(x, window) for x in (dout, gate, up))
-        inner = _activate(g, u, alpha, limit)
-        dinner = dy @ down_weight[expert]
-        dweights[span] = (dinner[:count] * inner[:count]).sum(-1) / alpha
-        dweights[span] += (dy[:count] * down_bias[expert]).sum(-1)
-        dinner[:count].mul_(weight)
-        dinner[count:] = 0  # rows of the next experts, or of none
-        dgate, dup = _activate_backward(dinner, g, u, alpha, limit)
-        torch.mm(dgate, gate_up_weight[expert, 0::2], out=drows[window])
-        drows[window].addmm_(dup, gate_up_weight[expert, 1::2])
-        if frozen:
-            continue
-        x = _cut(rows, window)
-        for half, part in enumerate((dgate, dup)):
-            torch.mm(part.mT, x, out=dgate_up_weight[expert, half::2])
-            dgate_up_bias[expert, half::2] = part.sum(0)
-        inner[:count].mul_(weight)
-        inner[count:] = 0
-        torch.mm(dy.mT, inner, out=ddown_weight[expert])
-        ddown_bias[expert] = (dy[:count] * weights[span, None]).sum(0)
-    return drows[: len(rows)], dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
+def _has_grouped_product(rows: Tensor) -> bool:
+    """torch's grouped product is for bfloat16 on CUDA; everything else goes expert by expert."""
+    return rows.is_cuda and rows.dtype == torch.bfloat16
 
 
 @_experts.register_fake
@@ -239,6 +166,108 @@ def _gradient(ctx, dout, _dgate, _dup):
 
 
 _experts.register_autograd(_gradient, setup_context=_save)
+
+
+def _grouped(
+    rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor,
+    down_weight: Tensor, down_bias: Tensor, alpha: float, limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One grouped product for all experts, without a look at the counts."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    expert = _expert_of_rows(counts, len(rows))
+    gate_up = F.grouped_mm(rows, gate_up_weight.mT, offs=ends) + gate_up_bias[expert]
+    gate, up = gate_up[:, 0::2].contiguous(), gate_up[:, 1::2].contiguous()
+    inner = _activate(gate, up, alpha, limit).mul_(weights[:, None] / alpha)
+    out = F.grouped_mm(inner, down_weight.mT, offs=ends)
+    return out.add_(down_bias[expert] * weights[:, None]), gate, up
+
+
+def _grouped_backward(
+    dout: Tensor, rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor,
+    gate_up_bias: Tensor, down_weight: Tensor, down_bias: Tensor, gate: Tensor, up: Tensor,
+    alpha: float, limit: float, frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ends = counts.cumsum(0, dtype=torch.int32)
+    expert = _expert_of_rows(counts, len(rows))
+    inner = _activate(gate, up, alpha, limit)
+    dinner = F.grouped_mm(dout, down_weight, offs=ends)
+    dweights = (dinner * inner).sum(-1) / alpha + (dout * down_bias[expert]).sum(-1)
+    weight = weights[:, None] / alpha
+    dgate, dup = _activate_backward(dinner.mul_(weight), gate, up, alpha, limit)
+    dgate_up = torch.stack([dgate, dup], dim=-1).flatten(1)
+    drows = F.grouped_mm(dgate_up, gate_up_weight, offs=ends)
+    if frozen:
+        none = rows.new_empty(0)
+        return drows, dweights, none, none.clone(), none.clone(), none.clone()
+    dgate_up_weight = F.grouped_mm(dgate_up.mT, rows, offs=ends)
+    dgate_up_bias = torch.zeros_like(gate_up_bias).index_add_(0, expert, dgate_up)
+    ddown_weight = F.grouped_mm(dout.mT, inner.mul_(weight), offs=ends)
+    ddown_bias = torch.zeros_like(down_bias).index_add_(0, expert, dout * weights[:, None])
+    return drows, dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
+
+
+def _loop(
+    rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor, gate_up_bias: Tensor,
+    down_weight: Tensor, down_bias: Tensor, alpha: float, limit: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One product after the other, each expert's rows while they are in the cache."""
+    # Results go to padded windows in ascending order: what a window writes past its own rows is
+    # overwritten by the experts they belong to.
+    inner_size, spare = down_weight.shape[2], len(rows) + _ROUND
+    gate, up = rows.new_empty(spare, inner_size), rows.new_empty(spare, inner_size)
+    out = rows.new_empty(spare, rows.shape[1])
+    for expert, start, count in _used_experts(counts):
+        span, window = slice(start, start + count), slice(start, start + _padded(count))
+        x = _cut(rows, window)
+        # Every second row of gate_up is the gate's: a stride, not a copy.
+        for half, part in enumerate((gate, up)):
+            bias, weight = gate_up_bias[expert, half::2], gate_up_weight[expert, half::2]
+            torch.addmm(bias, x, weight.mT, out=part[window])
+        inner = _activate(gate[window], up[window], alpha, limit)
+        inner[:count].mul_(weights[span, None] / alpha)
+        torch.mm(inner, down_weight[expert].mT, out=out[window])
+        out[span].addcmul_(down_bias[expert], weights[span, None])
+    return out[: len(rows)], gate[: len(rows)], up[: len(rows)]
+
+
+def _loop_backward(
+    dout: Tensor, rows: Tensor, weights: Tensor, counts: Tensor, gate_up_weight: Tensor,
+    gate_up_bias: Tensor, down_weight: Tensor, down_bias: Tensor, gate: Tensor, up: Tensor,
+    alpha: float, limit: float, frozen: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    drows, dweights = rows.new_empty(len(rows) + _ROUND, rows.shape[1]), torch.empty_like(weights)
+    parameters = gate_up_weight, gate_up_bias, down_weight, down_bias
+    dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias = (
+        rows.new_empty(0) if frozen else torch.empty_like(x) for x in parameters
+    )
+    if not frozen:
+        for unused in (counts == 0).nonzero().flatten().tolist():
+            for gradient in (dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias):
+                gradient[unused] = 0
+    for expert, start, count in _used_experts(counts):
+        span, window = slice(start, start + count), slice(start, start + _padded(count))
+        weight = weights[span, None] / alpha
+        dy, g, u = (_cut(x, window) for x in (dout, gate, up))
+        inner = _activate(g, u, alpha, limit)
+        dinner = dy @ down_weight[expert]
+        dweights[span] = (dinner[:count] * inner[:count]).sum(-1) / alpha
+        dweights[span] += (dy[:count] * down_bias[expert]).sum(-1)
+        dinner[:count].mul_(weight)
+        dinner[count:] = 0  # rows of the next experts, or of none
+        dgate, dup = _activate_backward(dinner, g, u, alpha, limit)
+        torch.mm(dgate, gate_up_weight[expert, 0::2], out=drows[window])
+        drows[window].addmm_(dup, gate_up_weight[expert, 1::2])
+        if frozen:
+            continue
+        x = _cut(rows, window)
+        for half, part in enumerate((dgate, dup)):
+            torch.mm(part.mT, x, out=dgate_up_weight[expert, half::2])
+            dgate_up_bias[expert, half::2] = part.sum(0)
+        inner[:count].mul_(weight)
+        inner[count:] = 0
+        torch.mm(dy.mT, inner, out=ddown_weight[expert])
+        ddown_bias[expert] = (dy[:count] * weights[span, None]).sum(0)
+    return drows[: len(rows)], dweights, dgate_up_weight, dgate_up_bias, ddown_weight, ddown_bias
 
 
 def _activate(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:

@@ -58,14 +58,14 @@ def test_grouped_product_of_the_gpu_equals_the_loop_of_the_cpu():
         counts,
         *map(torch.detach, experts.parameters()),
     )
-    for_cuda = kernel._experts._init_fn(*tensors, 1.702, 7.0)
+    for_cuda = kernel._grouped(*tensors, 1.702, 7.0)
     loop = torch.ops.ossature.experts(*tensors, 1.702, 7.0)
     for got, want in zip(for_cuda, loop, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
     dout = torch.randn_like(rows)
     arguments = dout, *tensors, *loop[1:], 1.702, 7.0, False
-    for_cuda = kernel._experts_backward._init_fn(*arguments)
+    for_cuda = kernel._grouped_backward(*arguments)
     for got, want in zip(for_cuda, torch.ops.ossature.experts_backward(*arguments), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
