@@ -107,7 +107,12 @@ def _locked(partial: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{partial}: another build is at work there") from None
-        yield
+        try:
+            yield
+        except BaseException:
+            if [path.name for path in partial.iterdir()] == ["lock"]:  # no work to keep
+                shutil.rmtree(partial)
+            raise
 
 
 def _tokenizer(options: Options, parts: Sequence[Part], partial: Path) -> tuple[Tokenizer, Path]:

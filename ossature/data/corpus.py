@@ -22,10 +22,19 @@ class Corpus:
     Nothing here takes time or memory in proportion to the file.
     """
 
-    def __init__(self, file: IndexedTokens, documents: range, split: str, vocab_size: int = 0):
+    def __init__(
+        self,
+        file: IndexedTokens,
+        documents: range,
+        split: str,
+        *,
+        vocab_size: int = 0,
+        sha256: str = "",
+    ) -> None:
         self.name = str(file.prefix)
         self.file, self.split = file, split
         self.vocab_size = vocab_size  # of the tokenizer that made it; 0: not known
+        self.sha256 = sha256  # of the tokens, as the manifest has it; empty: not known
         self.start = file.document_start(documents.start)
         self.num_tokens = file.document_start(documents.stop) - self.start
         self.num_documents = len(documents)
@@ -34,11 +43,14 @@ class Corpus:
         """Tokens start .. stop - 1 of this split; the places among them that begin a document."""
         assert 0 <= start <= stop <= self.num_tokens
         start, stop = start + self.start, stop + self.start
-        return self.file.tokens(start, stop), self.file.document_starts(start, stop) - start
+        tokens, starts = self.file.tokens(start, stop), self.file.document_starts(start, stop)
+        self.file.release()
+        return tokens, starts - start
 
     def fingerprint(self) -> str:
         """Changes with the corpus; a sample of the bytes, in time that does not grow with it."""
-        digest = hashlib.sha256(f"{self.start} {self.num_tokens} {self.num_documents}".encode())
+        numbers = f"{self.start} {self.num_tokens} {self.num_documents} {self.sha256}"
+        digest = hashlib.sha256(numbers.encode())
         for path in (index_path(self.file.prefix), tokens_path(self.file.prefix)):
             size = path.stat().st_size
             digest.update(f" {size}".encode())
@@ -90,8 +102,13 @@ def _open_folder(folder: Path, split: str, shares: str) -> Corpus:
             raise ValueError(
                 f"{file.prefix}: {number} {key}, but {folder / MANIFEST} says {written}"
             )
-    documents = range(file.num_documents)
-    return Corpus(file, documents, split, manifest["tokenizer"]["vocab_size"])
+    return Corpus(
+        file,
+        range(file.num_documents),
+        split,
+        vocab_size=manifest["tokenizer"]["vocab_size"],
+        sha256=manifest["splits"][split].get("bin_sha256", ""),
+    )
 
 
 def split_prefix(folder: Path, split: str) -> Path:

@@ -55,6 +55,7 @@ class IndexedTokens:
                 )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         mapped.madvise(mmap.MADV_RANDOM)  # a look-up touches few pages far apart
+        self._mapped = [mapped]
         self.dtype = np.dtype(DTYPES[code])
         self.num_documents = indices - 1
         # These arrays are not aligned (34 bytes before them): numpy would copy one whole to search
@@ -66,7 +67,10 @@ class IndexedTokens:
         self.num_tokens = tokens.stat().st_size // self.dtype.itemsize
         self._tokens = np.zeros(0, self.dtype)
         if self.num_tokens:
-            self._tokens = np.memmap(tokens, dtype=self.dtype, mode="r")
+            with tokens.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._tokens = np.frombuffer(mapped, self.dtype)
+            self._mapped.append(mapped)
 
     def _check_header(self, index: Path, magic: bytes, version: int, code: int) -> None:
         if magic != MAGIC:
@@ -93,6 +97,12 @@ class IndexedTokens:
         """Ids of the tokens start .. stop - 1 of the file, as int64."""
         assert 0 <= start <= stop <= self.num_tokens
         return self._tokens[start:stop].astype(np.int64)
+
+    def release(self) -> None:
+        """Give up the pages that were read: they stay in the system's cache, but no longer count
+        as memory of this process, which would otherwise grow by all it ever reads."""
+        for mapped in self._mapped:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def document_start(self, document: int) -> int:
         """Place of a document's first token; `num_documents` gives the end of the file."""

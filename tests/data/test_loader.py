@@ -1,9 +1,13 @@
+import os
+import struct
 from collections import Counter
 
 import numpy as np
+import psutil
 import pytest
 
 from ossature.data.blend import parse_blend, place
+from ossature.data.indexed import HEADER, MAGIC
 from tests.data.corpora import first_batch, loader, numbered, rows, step_rows, write_documents
 
 LENGTHS = [3, 2, 9, 5, 1, 20, 7, 4, 12, 30, 2, 8, 41, 6]  # 150 tokens: 18 rows of 8 and 6 more
@@ -152,6 +156,23 @@ def test_a_blend_keeps_its_weights(corpus, tmp_path):
     counts = Counter(token for row in seen for token in row if token >= 1000)
     assert set(counts) == set(range(1000, 1144))
     assert set(counts.values()) <= {4, 5}
+
+
+def test_memory_does_not_grow_by_what_is_read(tmp_path):
+    path = write_documents(tmp_path / "a", [range(4096)] * 8)
+    with (tmp_path / "a.idx").open("r+b") as file:  # one document of 256 MiB, empty on the disk
+        file.write(HEADER.pack(MAGIC, 1, 4, 1, 2) + struct.pack("<iqqq", 2**26, 0, 0, 1))
+        file.truncate()
+    os.truncate(tmp_path / "a.bin", 4 * 2**26)
+    long = loader(path, seq_len=2**16, global_batch_rows=8)
+    rows(long, range(1))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for step in range(1, 32):
+        for batch in long.micro_batches(step):
+            del batch
+
+    assert process.memory_info().rss - before < 32 * 2**20
 
 
 def test_without_weights_a_blend_is_in_proportion_to_size(tmp_path):
