@@ -69,44 +69,57 @@ class Transformer(nn.Module):
         """
         if document is None:
             document = torch.zeros_like(tokens)
-        seen: Layout | Step
-        if cache is None or not cache.length:
-            seen = Layout(document) if layout is None else layout
-            position = seen.position if position is None else position
-            if cache is not None:
-                cache.start(seen.run, position)
-        else:
-            seen = cache.step(tokens)
-            position = seen.position
+        seen: Layout | Step | None = layout
+        if seen is None:
+            seen, position = lay_out(document, position, cache)
+        assert position is not None
         counted = None if router_log is None else document >= 0
-        x = self.through_blocks(self.embedding(tokens), position, seen, counted, router_log, cache)
+        turn = rotation(self.config, position)
+        x = self.embedding(tokens)
+        x = through_blocks(self.blocks, x, turn, seen, counted, router_log, cache)
         if cache is not None:
             x = x[:, -1:]
         return self.lm_head(self.norm(x), targets)
-
-    def through_blocks(
-        self,
-        x: Float[Tensor, "batch seq hidden"],
-        position: Int[Tensor, "batch places"],
-        layout: Layout | Step,
-        counted: Bool[Tensor, "batch places"] | None,
-        router_log: RouterLog | None = None,
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """Every block that is there, in order; a pipeline stage has only some of them."""
-        turn = rotation(self.config, position)
-        for number, block in self.blocks.items():
-            kept = None if cache is None else cache.layers[int(number)]
-            x, statistics = block(x, turn, layout, counted, kept)
-            if router_log is not None:
-                router_log.layers.append(statistics)
-        return x
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw every weight from a generator of its own, seeded with its name."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_weight(self.config, name, parameter.shape, seed))
+
+
+def lay_out(
+    document: Int[Tensor, "batch seq"],
+    position: Int[Tensor, "batch seq"] | None,
+    cache: Cache | None,
+) -> tuple[Layout | Step, Int[Tensor, "batch seq"]]:
+    """What the new tokens of a batch see, and their positions for RoPE; the cache takes them in."""
+    if cache is not None and cache.length:
+        step = cache.step(document)
+        return step, step.position
+    layout = Layout(document)
+    position = layout.position if position is None else position
+    if cache is not None:
+        cache.start(layout.run, position)
+    return layout, position
+
+
+def through_blocks(
+    blocks: nn.ModuleDict,
+    x: Float[Tensor, "batch seq hidden"],
+    turn: Rotation,
+    layout: Layout | Step,
+    counted: Bool[Tensor, "batch places"] | None,
+    router_log: RouterLog | None,
+    cache: Cache | None,
+) -> Float[Tensor, "batch seq hidden"]:
+    """Blocks by number, in order: all of a model's, or those of a pipeline stage."""
+    for number, block in blocks.items():
+        kept = None if cache is None else cache.layers[int(number)]
+        x, statistics = block(x, turn, layout, counted, kept)
+        if router_log is not None:
+            router_log.layers.append(statistics)
+    return x
 
 
 class Block(nn.Module):
