@@ -110,6 +110,8 @@ def _read_argv(config: type, argv: list[str]) -> dict[str, Written]:
             taken = []
             while words and not _is_key(words[0]):
                 taken.append(words.pop(0))
+        elif known[key] is bool and (not words or words[0].lower() not in ("true", "false")):
+            taken = ["true"]  # --key alone
         else:
             if not words or _is_key(words[0]):
                 raise ValueError(f"--{name} needs a value")

@@ -226,7 +226,7 @@ def _naturals(value: Any) -> bool:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_into(handle: int, buffer: memoryview, offset: int, what: str) -> None:

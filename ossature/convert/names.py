@@ -16,7 +16,7 @@ models/gpt_oss/modeling_gpt_oss.py of transformers 5.23.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -131,19 +131,17 @@ def to_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UnknownTensor: a name has no row in the table.
     """
-    return _rename(tensors, source=_NATIVE, target=_HUGGING_FACE)
+    return _rename(tensors, {row.native: row for row in TABLE}, lambda row: row.hugging_face)
 
 
 def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_hugging_face`, for weights in bfloat16 layout (not MXFP4)."""
-    return _rename(tensors, source=_HUGGING_FACE, target=_NATIVE)
+    return _rename(tensors, {row.hugging_face: row for row in TABLE}, lambda row: row.native)
 
 
-_NATIVE, _HUGGING_FACE = 0, 1  # columns of a Row
-
-
-def _rename(tensors: Mapping[str, Tensor], source: int, target: int) -> dict[str, Tensor]:
-    by_name = {row[source]: row for row in TABLE}
+def _rename(
+    tensors: Mapping[str, Tensor], by_name: dict[str, Row], target: Callable[[Row], str]
+) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, value in tensors.items():
@@ -152,7 +150,7 @@ def _rename(tensors: Mapping[str, Tensor], source: int, target: int) -> dict[str
         if row is None or ("{n}" in row.native) != (number is not None):
             unknown.append(name)
         else:
-            renamed[_fill(row, number)[target]] = value.mT if row.expert_matrix else value
+            renamed[target(_fill(row, number))] = value.mT if row.expert_matrix else value
     if unknown:
         raise UnknownTensor(unknown_sentence(unknown))
     return renamed

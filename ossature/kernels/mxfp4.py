@@ -134,7 +134,7 @@ def _wide(weight: Tensor) -> Tensor:
     return weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.float()
 
 
-def _decode(packed: Tensor, scale: Tensor, out: tuple[Tensor, Tensor]) -> None:
+def _decode(packed: Tensor, scale: Tensor, out: tuple[Tensor, ...]) -> None:
     """Bits of the bfloat16 values of low and high nibbles; `scale` broadcasts against `packed`."""
     least, most = (int(end) for end in scale.aminmax())
     if least < 2 or most > 252:
@@ -153,7 +153,7 @@ def _decode(packed: Tensor, scale: Tensor, out: tuple[Tensor, Tensor]) -> None:
         torch.bitwise_or(code, n.bitwise_and_(8).bitwise_left_shift_(12), out=bits)
 
 
-def _decode_any(packed: Tensor, scale: Tensor, out: tuple[Tensor, Tensor]) -> None:
+def _decode_any(packed: Tensor, scale: Tensor, out: tuple[Tensor, ...]) -> None:
     values = torch.tensor(VALUES + tuple(-v for v in VALUES), device=packed.device).double()
     power = torch.exp2(scale.double() - 127)
     for nibbles, bits in zip((packed & 15, packed >> 4), out, strict=True):

@@ -38,7 +38,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def canonical(rows: int, groups: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random groups whose largest code is 6 or 7, at scale bytes 3...252, with zeros of both signs."""
+    """Random groups whose largest code is 6 or 7, at scale bytes 3...252."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (rows, groups, 32), generator=generator)
     at = torch.randint(0, 32, (rows, groups, 1), generator=generator)
@@ -138,7 +138,9 @@ TIES = [  # a number, and what it becomes in a group whose largest is 6
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("exponent", [-120, -10, 0, 9, 120])
-def test_numbers_are_rounded_to_nearest_and_ties_to_the_even_code(dtype: torch.dtype, exponent: int):
+def test_numbers_are_rounded_to_nearest_and_ties_to_the_even_code(
+    dtype: torch.dtype, exponent: int
+):
     group = torch.zeros(32, dtype=torch.float64)
     expected = torch.zeros(32, dtype=torch.float64)
     for n, (number, rounded) in enumerate(TIES):

@@ -1,0 +1,114 @@
+"""`ossature convert SRC DST --to FORMAT`: write a checkpoint in another format."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from ossature.config import parse
+
+if TYPE_CHECKING:
+    from ossature.convert.transfer import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Write the weights of a checkpoint in another format, with config and tokenizer."""
+
+    folder: tyro.conf.Positional[Path]
+    """Checkpoint in any format (recognised), or the folder of a run (its newest checkpoint)."""
+    output: tyro.conf.Positional[Path]
+    """New folder; it exists when all of it is written, and not before."""
+    to: Literal["bf16", "mxfp4", "openai", "native"]
+    """bf16, mxfp4: for transformers and vLLM.  openai: OpenAI's original/.  native: to train on."""
+    max_shard_size: str = "5GB"
+    """A new file begins where a tensor would take one beyond this: 5GB, 500MB, 4.5GiB."""
+    source: Path | None = None
+    """MXFP4 folder the weights came from: an expert's group of 32 numbers that is exact on its
+    scale there keeps it, so that what training left alone keeps its bytes."""
+
+
+def convert(argv: list[str]) -> int:
+    options = parse(ConvertOptions, argv, prog="ossature convert")
+    max_shard_bytes = size_bytes(options.max_shard_size)
+    if options.source is not None and options.to not in ("mxfp4", "openai"):
+        raise ValueError(f"source: --to {options.to} has no scales to keep")
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from ossature.convert import folder as folders
+    from ossature.convert.destination import check_free
+    from ossature.convert.layout import TITLES
+    from ossature.convert.source import check_same_shape
+
+    check_free(options.output)
+    source = folders.open_source(options.folder)
+    scales = None if options.source is None else folders.open_source(options.source)
+    if scales is not None:
+        if scales.format not in ("mxfp4", "openai"):
+            raise ValueError(f"{scales.folder}: source must be in MXFP4, not {scales.format}")
+        check_same_shape(source, scales)
+    total = folders.size_bytes(source, options.to)
+    print(f"{source.folder}: {TITLES[source.format]} -> {TITLES[options.to]}")
+    start = time.monotonic()
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        report = folders.write_folder(
+            source,
+            options.output,
+            options.to,
+            max_shard_bytes=max_shard_bytes,
+            scales=scales,
+            advance=lambda n: bar.advance(task, n),
+        )
+    seconds = time.monotonic() - start
+    for line in describe(report):
+        print(line)
+    print(f"{options.output}: {total / 1e9:.2f} GB in {seconds:.1f} s")
+    return 0
+
+
+def describe(report: Report) -> list[str]:
+    """What a conversion did to numbers, in sentences."""
+    lines = [
+        f"{count} tensors rounded from {dtype} to bfloat16"
+        for dtype, count in sorted(report.cast.items())
+    ]
+    exact = report.recoded - len(report.inexact)
+    if report.recoded:
+        lines.append(
+            f"experts quantised to MXFP4: {exact} of {report.recoded} matrices exact to the bit"
+        )
+    if report.inexact:
+        worst = max(report.inexact, key=lambda name: report.inexact[name].relative)
+        whole = report.inexact[worst]
+        for name, error in report.inexact.items():
+            whole = whole if name == worst else whole.plus(error)
+        lines.append(
+            f"quantisation error of the others: {whole.relative:.2%} of their norm, "
+            f"at most {whole.largest:.4g} in a number; "
+            f"worst {worst}: {report.inexact[worst].relative:.2%}"
+        )
+    return lines
+
+
+def size_bytes(text: str) -> int:
+    """ "5GB" -> 5_000_000_000; KB, MB, GB and TB are powers of 1000, KiB to TiB of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"max_shard_size: {text!r} is no size; write it like 5GB or 500MB")
+    unit = (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1 if match[2] else 0)
+    return int(float(match[1]) * unit)

@@ -1,0 +1,56 @@
+"""A folder that exists whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ossature.checkpoint.safetensors import sync
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a destination that something is in already.
+
+    Raises:
+        ValueError: the folder is not empty, or a file.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder}: is in the way; give a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty; give a new folder")
+
+
+@contextmanager
+def new_folder(folder: Path, expected_bytes: int = 0) -> Iterator[Path]:
+    """A folder to write to, beside the final one; it gets the final name when all went well.
+
+    Whatever ends the block otherwise, an interrupt included, removes it.
+
+    Args:
+        expected_bytes: refuse to begin where the disk has less left.
+    """
+    check_free(folder)
+    final = Path(os.path.abspath(folder))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(final.parent).free
+    if free < expected_bytes:
+        raise OSError(
+            f"{folder}: needs {expected_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
+        )
+    partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same number
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            sync(file)
+        sync(partial)
+        check_free(folder)
+        partial.rename(final)  # onto an empty folder, or none
+        sync(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

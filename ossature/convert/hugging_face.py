@@ -1,0 +1,50 @@
+"""Folders as transformers and vLLM read them: bfloat16 or MXFP4, from and to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ossature.checkpoint.safetensors import Reader
+from ossature.convert.config import HARMONY_VOCABULARY, hugging_face_config, read_config
+from ossature.convert.layout import Published
+from ossature.convert.names import HUGGING_FACE_PACKED
+from ossature.convert.source import PublishedSource
+from ossature.model.config import ModelConfig
+
+GENERATION = {
+    "bos_token_id": 199998,
+    "do_sample": True,
+    "eos_token_id": [200002, 199999, 200012],
+    "pad_token_id": 199999,
+    "transformers_version": "4.55.0.dev0",
+}
+"""The published generation_config.json: text ends with <|return|>, <|endoftext|> or <|call|>."""
+
+
+def open_hugging_face(folder: Path) -> PublishedSource:
+    """The weights of a folder; bfloat16 or MXFP4 by the names of its tensors.
+
+    float32 and float16 are accepted too: transformers keeps norms in float32 when it saves.
+    """
+    config = read_config(folder / "config.json")
+    reader = Reader(folder)
+    return PublishedSource(folder, format_of(reader), config, reader)
+
+
+def format_of(reader: Reader) -> Published:
+    packed = any(name.endswith(HUGGING_FACE_PACKED) for name in reader.places)
+    return "mxfp4" if packed else "bf16"
+
+
+def write_configs(folder: Path, config: ModelConfig, format: Published) -> None:
+    """config.json, and generation_config.json for the published vocabulary if there is none."""
+    table = hugging_face_config(config, "bfloat16", mxfp4=format == "mxfp4")
+    write_json(folder / "config.json", table)
+    generation = folder / "generation_config.json"
+    if config.vocab_size == HARMONY_VOCABULARY and not generation.exists():
+        write_json(generation, GENERATION)
+
+
+def write_json(path: Path, table: dict) -> None:
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,120 @@
+"""A folder -> Transformer and back, one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ossature.checkpoint.safetensors import Spec
+from ossature.convert.folder import MAX_SHARD_BYTES, open_source, write_folder
+from ossature.convert.layout import Format
+from ossature.convert.names import UnknownTensor, shapes, unknown_sentence
+from ossature.convert.native import NativeSource, balance_sentence
+from ossature.convert.source import FLOATS, missing_sentence, word
+from ossature.convert.transfer import Report, in_order, jobs
+from ossature.model.attention import Form
+from ossature.model.transformer import Transformer
+
+
+def load_model(
+    folder: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    attention_form: Form = "fast",
+    moe_form: Form = "fast",
+) -> Transformer:
+    """The model of a folder in any format, or of a run's newest checkpoint.
+
+    The weights are read piece by piece into their final dtype and device.
+
+    Raises:
+        UnknownTensor, ValueError: the folder is damaged, or is not of this architecture.
+    """
+    source = open_source(folder, balance_bias=True)
+    try:
+        with torch.device("meta"):
+            model = Transformer(source.config, attention_form=attention_form, moe_form=moe_form)
+        state = {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, shape in shapes(source.config).items()
+        }
+
+        def read(job: tuple[str, int, int]) -> None:
+            name, start, stop = job
+            state[name][start:stop].copy_(source.read(name, start, stop))
+
+        for _ in in_order(read, jobs(source)):
+            pass
+        if isinstance(source, NativeSource):
+            for name, bias in source.balance_biases().items():
+                router = model.get_submodule(name.rpartition(".")[0])
+                router.register_buffer("balance_bias", bias.to(device))
+                state[name] = bias.to(device)
+    finally:
+        source.close()
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def save_model(
+    model: Transformer,
+    folder: Path | str,
+    format: Format = "bf16",
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Report:
+    """Write a model's weights and config.json to a new folder, in one of the four formats.
+
+    "bf16" and "openai" round to bfloat16, "mxfp4" and "openai" quantise the experts, "native"
+    keeps the dtype; the report says what changed.
+
+    Raises:
+        ValueError: the folder is not empty, or the format cannot hold this model.
+    """
+    return write_folder(ModelSource(model), folder, format, max_shard_bytes=max_shard_bytes)
+
+
+class ModelSource:
+    """The weights of a model in memory."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.folder = Path(type(model).__name__)
+        self.format: Format = "native"
+        self.config = model.config
+        self.files: list[Path] = []
+        self._tensors = {name: p.detach() for name, p in model.named_parameters()}
+        for name, buffer in model.named_buffers():
+            if bool(buffer.any()):
+                raise ValueError(balance_sentence(name))
+        wanted = shapes(model.config)
+        unknown = [name for name in self._tensors if name not in wanted]
+        if unknown:
+            raise UnknownTensor(unknown_sentence(unknown))
+        missing = [name for name in wanted if name not in self._tensors]
+        if missing:
+            raise ValueError(f"the model {missing_sentence(missing)}")
+        for name, tensor in self._tensors.items():
+            if tensor.dtype not in FLOATS:
+                raise ValueError(f"{name} has dtype {word(tensor.dtype)}, not bfloat16")
+        self._names = list(wanted)
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def spec(self, name: str) -> Spec:
+        tensor = self._tensors[name]
+        return Spec(tensor.dtype, tuple(tensor.shape))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._tensors[name][start:stop].cpu()
+
+    def packed(
+        self, name: str, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def close(self) -> None:
+        pass
