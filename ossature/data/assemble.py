@@ -28,6 +28,7 @@ from ossature.data import vocabulary, workers
 from ossature.data.blend import split_documents
 from ossature.data.build import Options, num_workers
 from ossature.data.corpus import MANIFEST, split_prefix
+from ossature.data.encoder import RANKS_FILE, prepare
 from ossature.data.indexed import Writer, index_path, tokens_path
 from ossature.data.parts import Job, Record, make, tokens_and_lengths
 from ossature.data.sources import Part, cut, documents, find
@@ -65,7 +66,7 @@ def build_folder(options: Options) -> dict[str, Any]:
             source_hashes = [future.result() for future in hashes]
         folder = partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
-        tokenizer.save(folder)
+        shutil.copytree(tokenizer_folder, folder, ignore=shutil.ignore_patterns(RANKS_FILE))
         manifest = {
             "ossature": version("ossature"),
             "inputs": list(options.inputs),
@@ -128,9 +129,11 @@ def _tokenizer(options: Options, parts: Sequence[Part], partial: Path) -> tuple[
             tokenizer = Tokenizer(vocabulary.train(texts, options.train_tokenizer), "trained")
             tokenizer.save(unfinished := partial / f"tokenizer.partial-{os.getpid()}")
             unfinished.rename(folder)
-    else:
-        load(_name(options), options.vocabulary).save(folder)
-    return load(folder), folder
+        return load(folder), folder
+    tokenizer = load(_name(options), options.vocabulary)
+    tokenizer.save(folder)
+    prepare(folder)
+    return tokenizer, folder
 
 
 def _training_texts(parts: Sequence[Part], text_key: str) -> Iterator[str]:

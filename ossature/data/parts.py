@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ossature.data.encoder import RankEncoder, encoder
 from ossature.data.sources import Part, documents
-from ossature.data.tokenizer import Tokenizer, load
+from ossature.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 2**20
 
@@ -60,12 +61,11 @@ def make(job: Job) -> Record:
         return record
     digest, length_digest = hashlib.sha256(), hashlib.sha256()
     tokens = total = empty = 0
-    tokenizer = _tokenizer(job.tokenizer, job.tokenizer_sha256)
     partial = {kind: f"{path}.{kind}.partial-{os.getpid()}" for kind in ("bin", "lengths", "json")}
     with open(partial["bin"], "wb") as bin_file, open(partial["lengths"], "wb") as lengths_file:
         for texts in _batches(documents(job.part, job.text_key)):
             kept = [text for text in texts if text]
-            ids, lengths = tokenizer.encode_documents(kept)
+            ids, lengths = _encoder(job.tokenizer).encode_documents(kept)
             for array, file, hashed in [
                 (ids, bin_file, digest),
                 (lengths, lengths_file, length_digest),
@@ -107,10 +107,8 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: str, sha256: str) -> Tokenizer:
-    tokenizer = load(folder)
-    assert tokenizer.sha256() == sha256
-    return tokenizer
+def _encoder(folder: str) -> RankEncoder | Tokenizer:
+    return encoder(folder)
 
 
 def tokens_and_lengths(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,7 @@ def o200k_harmony(vocabulary: Path | None = None) -> Tokenizer:
         ranks = read_ranks(vocabulary)
     else:
         found = next((path for path in _places() if path.is_file()), None)
-        ranks = read_ranks(found) if found else _check(_download(), URL)
+        ranks = read_ranks(found) if found else check_ranks(_download(), URL)
     reserved = range(O200K_RANKS, max(NAMED) + 1)  # as in the published tokenizer.json
     return from_ranks(ranks, [NAMED.get(n, f"<|reserved_{n}|>") for n in reserved])
 
@@ -85,19 +85,31 @@ def read_ranks(path: Path) -> list[bytes]:
         raise ValueError(f"{path}: no such vocabulary file")
     raw = path.read_bytes()
     if path.suffix == ".json":
-        byte_of = {character: byte for byte, character in byte_alphabet().items()}
         try:
-            table: dict[str, int] = json.loads(raw)["model"]["vocab"]
-            tokens = sorted(table, key=lambda token: table[token])
-            ranks = [bytes(byte_of[character] for character in token) for token in tokens]
+            raw = ranks_file(json.loads(raw)["model"]["vocab"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: no byte-level BPE tokenizer.json: {error!r}") from None
-        lines = (b"%s %d\n" % (base64.b64encode(token), n) for n, token in enumerate(ranks))
-        raw = b"".join(lines)
-    return _check(raw, path)
+    return check_ranks(raw, path)
 
 
-def _check(raw: bytes, where: Path | str) -> list[bytes]:
+def ranks_file(table: dict[str, int]) -> bytes:
+    """The .tiktoken file of the vocabulary in a byte-level tokenizer.json.
+
+    Raises:
+        ValueError: a token with characters that stand for no byte.
+    """
+    byte_of = {character: byte for byte, character in byte_alphabet().items()}
+    try:
+        ordered = sorted(table, key=lambda token: table[token])
+        tokens = [bytes(map(byte_of.__getitem__, token)) for token in ordered]
+    except KeyError as error:
+        raise ValueError(f"not byte-level: {error}") from None
+    lines = (b"%s %d\n" % (base64.b64encode(token), n) for n, token in enumerate(tokens))
+    return b"".join(lines)
+
+
+def check_ranks(raw: bytes, where: Path | str) -> list[bytes]:
+    """The tokens of a .tiktoken file, if it is that of o200k_base."""
     found = hashlib.sha256(raw).hexdigest()
     if found != SHA256:
         raise ValueError(
@@ -141,7 +153,7 @@ def _download() -> bytes:
             "FILE, the tokenizer.json beside any gpt-oss checkpoint or o200k_base.tiktoken from "
             f"{URL}"
         ) from None
-    _check(raw, URL)
+    check_ranks(raw, URL)
     cache = _tiktoken_cache()
     cache.mkdir(parents=True, exist_ok=True)
     partial = cache / f"{CACHE_NAME}.partial-{os.getpid()}"

@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import tokenizers
 
 from ossature.data import vocabulary
+from ossature.data.encoder import RankEncoder, encoder, o200k_ranks, prepare
+from ossature.data.sources import standard_library
 from ossature.data.tokenizer import Tokenizer, load
 from tests.golden import golden
 
@@ -192,7 +196,34 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         load(tmp_path)
 
 
-def test_o200k_harmony_is_the_published_tokenizer():
+def test_the_fast_encoder_gives_the_ids_of_the_tokenizer(toy_o200k, monkeypatch, tmp_path):
+    """Also of a tokenizer.json; and it is not used where anything differs from o200k."""
+    monkeypatch.setattr(vocabulary, "O200K_RANKS", 256)
+    monkeypatch.setattr(vocabulary, "NAMED", {257: "<|endoftext|>", 258: "<|end|>"})
+    load("o200k_harmony", toy_o200k).save(tmp_path / "a")
+    prepare(tmp_path / "a")
+    fast, slow = encoder(str(tmp_path / "a")), load(tmp_path / "a")
+    texts = [*TEXTS, "<|endoftext|> \U0001d518"]
+
+    assert isinstance(fast, RankEncoder)
+    for ours, theirs in zip(
+        fast.encode_documents(texts), slow.encode_documents(texts), strict=True
+    ):
+        assert (ours == theirs).all()
+        assert ours.dtype == theirs.dtype == np.int32
+    content = json.loads((tmp_path / "a/tokenizer.json").read_text())
+    assert o200k_ranks(content) == [bytes([n]) for n in range(256)]
+    swapped = content["model"]["vocab"] | {"a": 98, "b": 97}
+    for change in (
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": None},
+        {"model": content["model"] | {"vocab": swapped}},
+        {"added_tokens": [token | {"special": False} for token in content["added_tokens"]]},
+    ):
+        assert o200k_ranks(content | change) is None
+
+
+def test_o200k_harmony_is_the_published_tokenizer(tmp_path):
     """Against ids of openai-harmony; where this machine has the vocabulary."""
     if not any(path.is_file() for path in vocabulary._places()):
         pytest.skip("the vocabulary of o200k_harmony is not on this machine")
@@ -204,4 +235,13 @@ def test_o200k_harmony_is_the_published_tokenizer():
     assert all(tokenizer.special[token] == n for n, token in vocabulary.NAMED.items())
     for text, ids in expected["encode_ordinary"].items():
         assert tokenizer.encode(text) == ids
+    tokenizer.save(tmp_path)
+    prepare(tmp_path)
+    fast = encoder(str(tmp_path))
+    assert isinstance(fast, RankEncoder)
+    sources = [Path(source.path).read_text("utf-8") for source in standard_library()[:40]]
+    hard = ["a" * 9999, " " * 9999 + "x", "e\u0301\u200d" * 999, "\n\r\n" * 999, "=-" * 999]
+    for batch in (list(expected["encode_ordinary"]), sources, hard):
+        pairs = zip(fast.encode_documents(batch), tokenizer.encode_documents(batch), strict=True)
+        assert all((ours == theirs).all() for ours, theirs in pairs)
     assert tokenizer.decode([13225, 201000, 0]) == "Hello<|reserved_201000|>!"
