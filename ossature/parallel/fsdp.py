@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from ossature.model.transformer import Transformer
-from ossature.parallel.mesh import fsdp_mesh
+from ossature.parallel.mesh import dense_view, fsdp_mesh
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,9 +35,9 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
         # The angles of RoPE enter each block in fp32 and have to stay so.
         cast_forward_inputs=False,
     )
-    where = fsdp_mesh(mesh)
+    where = fsdp_mesh(dense_view(mesh))
     # On one rank nothing is saved by dropping the weights after the forward pass.
-    reshard = mesh["dp_shard"].size() > 1
+    reshard = where.shape[-1] > 1
     for block in model.blocks.values():
         fully_shard(block, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=where, mp_policy=policy)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -27,7 +27,8 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     for parameter in parameters:
         gradient = parameter.grad
         if isinstance(gradient, DTensor):
-            split = [n for n, place in enumerate(gradient.placements) if isinstance(place, Shard)]
+            # FSDP's shards of shards are of a private class of their own.
+            split = [n for n, place in enumerate(gradient.placements) if not place.is_replicate()]
             groups[gradient.device_mesh, tuple(split)].append(gradient.to_local())
         elif gradient is not None:
             groups[None, ()].append(gradient)
