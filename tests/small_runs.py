@@ -49,13 +49,15 @@ def small_run(run: Path, **changes: Any) -> TrainConfig:
 
 
 def change(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The config with all changes at once: `optim__lr` is the key lr of the group optim."""
+    top: dict[str, Any] = {}
     for key, value in changes.items():
         group, _, name = key.partition("__")
         if name:
-            config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+            top[group] = replace(top.get(group, getattr(config, group)), **{name: value})
         else:
-            config = replace(config, **{group: value})
-    return config
+            top[group] = value
+    return replace(config, **top)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -82,3 +84,23 @@ def ragged_batch(rows: int, seq: int = 32, seed: int = 0, vocab: int = 96) -> Ba
 
 def part(batch: Batch, start: int, end: int) -> Batch:
     return Batch(*(x[start:end] for x in batch))
+
+
+SIZES["tiny_text"] = replace(TINY, vocab_size=352)  # room for a small byte-level vocabulary
+
+
+def text_corpus(folder: Path, name: str = "corpus", words: str = "def return self import") -> Path:
+    """A data folder of 60 short texts with a tokenizer of its own."""
+    from ossature.data.build import build
+
+    texts = folder / f"{name}_texts"
+    texts.mkdir()
+    random = torch.Generator().manual_seed(len(words))
+    for n in range(60):
+        length = int(torch.randint(5, 60, (), generator=random))
+        drawn = torch.randint(0, len(words.split()), (length,), generator=random).tolist()
+        (texts / f"{n:02}.txt").write_text(" ".join(words.split()[d] for d in drawn))
+    output = folder / name
+    argv = [str(texts), "--train-tokenizer", "320", "--split", "8,1,1", "--workers", "1"]
+    assert build([*argv, "--output", str(output)]) == 0
+    return output

@@ -101,15 +101,16 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
     return made
 
 
-def thin(points: list[tuple[int, float]]) -> list[list[float]]:
+def thin(points: list[tuple[int, float]]) -> list[tuple[int, float, float, float]]:
     """At most POINTS points: the last step of each group, its mean, least and greatest value."""
     size = -(-len(points) // POINTS)
     groups = [points[n : n + size] for n in range(0, len(points), size)]
-    return [
-        [group[-1][0], *(_short(v) for v in (sum(values) / len(values), min(values), max(values)))]
-        for group in groups
-        for values in [[value for _, value in group]]
-    ]
+    thinned = []
+    for group in groups:
+        values = [value for _, value in group]
+        mean = sum(values) / len(values)
+        thinned.append((group[-1][0], _short(mean), _short(min(values)), _short(max(values))))
+    return thinned
 
 
 def _short(value: float) -> float:

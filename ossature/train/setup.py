@@ -20,7 +20,8 @@ from ossature.checkpoint.steps import OPTIMIZER, Saver
 from ossature.checkpoint.store import load_weights, newest
 from ossature.config import TrainConfig, to_json
 from ossature.convert.config import hugging_face_config, read_config
-from ossature.convert.folder import open_source
+from ossature.convert.folder import open_source, resolve
+from ossature.convert.source import carried_files
 from ossature.data.loader import Loader
 from ossature.data.tokenizer import load as load_tokenizer
 from ossature.model.config import SIZES, ModelConfig
@@ -116,7 +117,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         validation=validation,
         tokenizer=tokenizer,
         saver=saver,
-        small_files=small_files(shape, tokenizer) if ranks.first else {},
+        small_files=small_files(shape, before or config.init, tokenizer) if ranks.first else {},
         progress=Progress(loss_scale=scale),
         data_state=loader.state(),
         origin=f"random weights, seed {config.seed}",
@@ -209,10 +210,17 @@ def tokenizer_of(config: TrainConfig) -> Any:
     return None
 
 
-def small_files(shape: ModelConfig, tokenizer: Any) -> dict[str, bytes]:
-    """What makes a checkpoint a model that others can read."""
+def small_files(shape: ModelConfig, origin: Path | None, tokenizer: Any) -> dict[str, bytes]:
+    """What makes a checkpoint a model that others can read.
+
+    Args:
+        origin: checkpoint whose tokenizer and chat template are carried on, unless the corpus has
+            a tokenizer of its own.
+    """
+    carried = [] if origin is None else carried_files(resolve(origin))
+    files = {file.name: file.read_bytes() for file in carried}
     text = json.dumps(hugging_face_config(shape, dtype="float32"), indent=2) + "\n"
-    files = {"config.json": text.encode()}
+    files["config.json"] = text.encode()
     if tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))

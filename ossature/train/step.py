@@ -7,18 +7,23 @@ backward, so the split into micro-batches and ranks changes nothing but the orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ossature.config import RouterConfig
 from ossature.data.loader import Batch
-from ossature.model.moe import RouterLog
+from ossature.model.moe import RouterLog, RouterStatistics
 from ossature.model.transformer import Transformer
+from ossature.parallel.exchange import sum_once
 from ossature.parallel.fsdp import reduce_gradients_now
-from ossature.parallel.mesh import data_rank, sum_over_data
+from ossature.parallel.mesh import data_rank
+from ossature.parallel.pipeline import Inputs, Loss, Pipeline
+from ossature.parallel.stages import pack, unpack
 from ossature.train.loss import router_loss, shift
 
 
@@ -47,8 +52,11 @@ class Sums(NamedTuple):
 def count(batches: list[Batch], stop: bool, mesh: DeviceMesh) -> Counted:
     """Counted targets of the whole step, and whether any rank wants to stop; one reduction."""
     tokens = sum(int((targets(batch) >= 0).sum()) for batch in batches)
-    both = sum_over_data(torch.tensor([tokens, int(stop)]), mesh)  # on the CPU: no device sync
-    return Counted(int(both[0]), bool(both[1]))
+    both = torch.tensor([tokens, int(stop)])  # on the CPU: no device sync
+    dist.all_reduce(both)
+    # Ranks that differ only in pp, cp or tp have counted the same rows.
+    same = mesh.size() // data_rank(mesh)[1]
+    return Counted(int(both[0]) // same, bool(both[1]))
 
 
 def targets(batch: Batch) -> Tensor:
@@ -65,48 +73,94 @@ def accumulate(
     *,
     loss_scale: float = 1.0,
     log_router: bool = True,
+    pipeline: Pipeline | None = None,
 ) -> Sums:
     """Gradients of the step into `.grad`, times `loss_scale`; what was measured on the way.
 
     Router losses are averaged over the micro-batches of all ranks.
     """
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     layers = model.config.num_hidden_layers if log_router else 0
     experts = model.config.num_local_experts
     losses = torch.zeros(2, device=device)
     routed = torch.zeros(layers, experts + 2, device=device)  # counts, entropy, tokens
     share = 1 / (len(batches) * data_rank(mesh)[1])
-    for n, batch in enumerate(batches):
-        reduce_gradients_now(model, n == len(batches) - 1)
-        log = RouterLog() if log_router else None
-        total = model(
-            batch.tokens.to(device, non_blocking=True),
-            position=batch.position.to(device, non_blocking=True),
-            document=batch.document.to(device, non_blocking=True),
-            targets=targets(batch).to(device, non_blocking=True),
-            router_log=log,
-        )
+
+    def loss_of(total: Tensor, log: RouterLog | None) -> Tensor:
         loss = total / max(1, counted)
         losses[0] += loss.detach()
-        if log is not None:
+        if log is not None and (router.aux_loss or router.z_loss):
             extra = share * router_loss(
-                log,
+                over_the_row(log, mesh),
                 aux_loss=router.aux_loss,
                 z_loss=router.z_loss,
                 num_experts_per_tok=model.config.num_experts_per_tok,
             )
-            if router.aux_loss or router.z_loss:
-                loss = loss + extra
-                losses[1] += extra.detach()
-            for layer, statistics in enumerate(log.layers):
-                routed[layer, :experts] += statistics.counts
-                routed[layer, experts] += statistics.entropy
-                routed[layer, experts + 1] += statistics.tokens
-        (loss * loss_scale if loss_scale != 1.0 else loss).backward()
-    packed = sum_over_data(torch.cat([losses, routed.flatten()]), mesh)
+            loss = loss + extra
+            losses[1] += extra.detach()
+        return loss * loss_scale if loss_scale != 1.0 else loss
+
+    def note(layer: int, statistics: RouterStatistics) -> None:
+        routed[layer, :experts] += statistics.counts
+        routed[layer, experts] += statistics.entropy
+        routed[layer, experts + 1] += statistics.tokens
+
+    inputs = [
+        Inputs(*(x.to(device, non_blocking=True) for x in (*batch[:3], targets(batch))))
+        for batch in batches
+    ]
+    if pipeline is None:
+        one_by_one(model, inputs, loss_of, note if log_router else None)
+    else:
+        pipeline.step(inputs, loss_of, note if log_router else None)
+    # Ranks of tp find the same loss, those of cp parts of it; both find the same router losses.
+    cp, tp = mesh["cp"].size(), mesh["tp"].size()
+    losses /= torch.tensor([tp, cp * tp], device=device)
+    packed = torch.cat([losses, routed.flatten()])
+    if mesh.size() > 1:
+        dist.all_reduce(packed)
     losses, routed = packed[:2], packed[2:].unflatten(0, (layers, experts + 2))
     entropy = routed[:, experts] / routed[:, experts + 1].clamp(min=1)
     return Sums(losses[0], losses[1], routed[:, :experts], entropy)
+
+
+def one_by_one(
+    model: Transformer,
+    batches: list[Inputs],
+    loss_of: Loss,
+    note: Callable[[int, RouterStatistics], None] | None,
+) -> None:
+    """Forward and backward of one micro-batch after the other; `Pipeline.step` without stages."""
+    for n, batch in enumerate(batches):
+        reduce_gradients_now(model, n == len(batches) - 1)
+        log = None if note is None else RouterLog()
+        total = model(
+            batch.tokens,
+            position=batch.position,
+            document=batch.document,
+            targets=batch.targets,
+            router_log=log,
+        )
+        loss = loss_of(total, log)
+        for layer, statistics in enumerate(log.layers if log and note else ()):
+            note(layer, statistics)
+        loss.backward()
+
+
+def over_the_row(log: RouterLog, mesh: DeviceMesh) -> RouterLog:
+    """Sums over all tokens of the micro-batch, where its rows are divided over cp and tp.
+
+    The layers become one: a router loss needs no more than their sums.
+    """
+    axes = [axis for axis in ("cp", "tp") if mesh[axis].size() > 1]
+    if not axes:
+        return log
+    sums = torch.stack([pack(layer) for layer in log.layers]).sum(0)
+    for axis in axes:
+        sums = sum_once(sums, mesh.get_group(axis))
+    whole = RouterLog()
+    whole.layers.append(unpack(sums))
+    return whole
 
 
 @torch.no_grad()

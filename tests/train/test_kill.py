@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 from tests.small_runs import records, small_run
 from tests.train.test_loop import assert_same_run, worst_difference
 
-RUN = {"steps": 8, "checkpoint__every_steps": 1, "checkpoint__keep": 2}
+RUN = {"optim__eps": 0.1, "steps": 8, "checkpoint__every_steps": 1, "checkpoint__keep": 2}
 
 
 def killed_child(config, prepare: Callable[[], None], seconds: float = 60.0) -> int:
@@ -177,10 +177,8 @@ def test_a_signal_ends_the_command_with_0_and_says_how_to_go_on(tmp_path, number
     assert process.returncode == 0, err
     last = store.newest(tmp_path)
     assert last and store.step_of(last) == len(records(tmp_path))
-    assert (
-        out.splitlines()[-1]
-        == f"to go on: ossature train {' '.join(command(tmp_path)[4:])} --steps 10000"
-    )
+    words = command(tmp_path, "--steps", "10000")
+    assert out.splitlines()[-1] == f"to go on: ossature {' '.join(words[3:])}"
     assert err == ""
 
 
@@ -203,10 +201,12 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_passes_the_signal_on_and_all_ranks_save(tmp_path):
-    words = command(tmp_path, "--steps", "10000")[3:]
+    # torchrun takes `--run` for an option of its own: the folder is given in a run file.
+    (tmp_path / "run.toml").write_text(f'run = "{tmp_path}"\n')
+    words = command(tmp_path, "--steps", "10000")[5:]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "ossature", *words],
+         "-m", "ossature", "train", str(tmp_path / "run.toml"), *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -91,11 +91,16 @@ def _train(rank: int, world: int, config) -> None:
     train(config)
 
 
+# Adam divides a gradient by its own size: of one that is all rounding it makes a full step, and a
+# token may then choose another expert.  A large eps keeps rounding what it is.
+SMOOTH = {"optim__eps": 0.1, "optim__lr": 0.1}
+
+
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 4)])
 def test_going_on_at_another_number_of_ranks_differs_by_rounding_alone(tmp_path, first, then):
-    train(small_run(tmp_path / "a", optim__decay_steps=4))
+    train(small_run(tmp_path / "a", optim__decay_steps=4, **SMOOTH))
     for ranks, steps in ((first, 3), (then, 6)):
-        config = small_run(tmp_path / "b", steps=steps, optim__decay_steps=4)
+        config = small_run(tmp_path / "b", steps=steps, optim__decay_steps=4, **SMOOTH)
         run_ranks(ranks, _train, config)
     assert worst_difference(tmp_path / "a", tmp_path / "b") < 1e-4
     for one, other in zip(records(tmp_path / "a"), records(tmp_path / "b"), strict=True):
@@ -106,15 +111,16 @@ def test_going_on_at_another_number_of_ranks_differs_by_rounding_alone(tmp_path,
 
 
 def test_copies_of_shards_train_as_one_rank_does(tmp_path):
-    train(small_run(tmp_path / "a"))
-    config = small_run(tmp_path / "b", parallel=ParallelConfig(dp_replicate=2, dp_shard=2))
+    train(small_run(tmp_path / "a", **SMOOTH))
+    layout = ParallelConfig(dp_replicate=2, dp_shard=2)
+    config = small_run(tmp_path / "b", parallel=layout, **SMOOTH)
     run_ranks(4, _train, config)
     assert worst_difference(tmp_path / "a", tmp_path / "b") < 1e-4
 
 
 def test_the_split_into_micro_batches_differs_by_rounding_alone(tmp_path):
-    train(small_run(tmp_path / "a"))
-    train(small_run(tmp_path / "b", micro_batch_tokens=128))
+    train(small_run(tmp_path / "a", **SMOOTH))
+    train(small_run(tmp_path / "b", micro_batch_tokens=128, **SMOOTH))
     assert worst_difference(tmp_path / "a", tmp_path / "b") < 1e-4
 
 
@@ -195,8 +201,8 @@ def test_validation_is_a_fixed_set_and_pure_cross_entropy(tmp_path):
     assert losses["a"] == losses["again"]
     assert losses["ranks"] == pytest.approx(losses["a"], rel=1e-5)
     assert losses["two"] == pytest.approx(losses["a"], rel=1e-5)
-    # With a rate of (nearly) zero the weights stay: a router loss would show in the validation.
-    still = {"optim__min_lr": 0.0, "optim__lr": 1e-30, **changes}
+    # With a rate of zero the weights stay: a router loss would show in the validation.
+    still = {"optim__min_lr": 0.0, "optim__lr": 0.0, **changes}
     train(small_run(tmp_path / "plain", **still))
     train(small_run(tmp_path / "aux", router__aux_loss=10.0, **still))
     plain, aux = (records(tmp_path / run) for run in ("plain", "aux"))
