@@ -113,6 +113,13 @@ class ParallelConfig:
     """Ranks that share the experts."""
     etp: int = 1
     """Ranks that share the inner dimension of each expert."""
+    loss_parallel: bool = True
+    """Under tp, find the loss without gathering logits over the vocabulary."""
+    pp_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"] = "1F1B"
+    """Order of the micro-batches through the pipeline; the last two put the first and the last
+    stage on one rank."""
+    pp_chunks: int = 2
+    """Stages of each rank under Interleaved1F1B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +213,7 @@ _AT_LEAST_ONE = {
     "steps", "global_batch_tokens", "micro_batch_tokens", "data.seq_len", "eval.tokens",
     "log.every_steps", "sample.max_new_tokens", "parallel.pp", "parallel.dp_replicate",
     "parallel.cp", "parallel.tp", "parallel.ep", "parallel.etp",
+    "parallel.pp_chunks",
 }  # fmt: skip
 
 

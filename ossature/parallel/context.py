@@ -64,7 +64,10 @@ class Context:
 
     def layout(self, document: Tensor) -> SplitLayout:
         """The layout of whole rows, (batch, seq), for this rank's tokens."""
-        return SplitLayout(document, Split(self.rank, self.ranks, document.shape[1]), self.group)
+        return SplitLayout(document, self.split(document.shape[1]), self.group)
+
+    def split(self, seq: int) -> Split:
+        return Split(self.rank, self.ranks, seq)
 
 
 class SplitLayout(Layout):

@@ -110,6 +110,26 @@ def exchange(x: Tensor, indices: Halo, group: dist.ProcessGroup | None) -> Tenso
     )
 
 
+def sum_once(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the ranks, for a loss that all of them compute and that counts once.
+
+    The gradient is not summed: every rank already has that of the one loss.
+    """
+    return _SumOnce.apply(x, group)
+
+
+class _SumOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return grads[0], None
+
+
 class _Gather(torch.autograd.Function):
     """Every rank's tensor, stacked; a rank's gradient is the sum of what the ranks found for it."""
 
