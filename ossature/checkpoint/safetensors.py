@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FORMAT_PT = {"format": "pt"}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
@@ -255,6 +256,7 @@ class Writer:
 
     Args:
         name_of: (number from 0, count) -> the name of a file, when there are several.
+        metadata: for the header of every file; transformers asks for this one.
     """
 
     def __init__(
@@ -263,6 +265,7 @@ class Writer:
         specs: Mapping[str, Spec],
         max_shard_bytes: int = 5_000_000_000,
         name_of: Callable[[int, int], str] = shard_name,
+        metadata: Mapping[str, str] | None = FORMAT_PT,
     ) -> None:
         self.folder = folder
         self.places: dict[str, Place] = {}
@@ -274,7 +277,8 @@ class Writer:
         shards = deal(specs, max_shard_bytes)
         for number, names in enumerate(shards):
             file = SINGLE if len(shards) == 1 else name_of(number, len(shards))
-            header, places = _header(folder / file, {name: specs[name] for name in names})
+            dealt = {name: specs[name] for name in names}
+            header, places = _header(folder / file, dealt, metadata)
             self.places |= places
             handle = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._handles[folder / file] = handle
@@ -343,10 +347,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _header(file: Path, specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, Place]]:
+def _header(
+    file: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, Place]]:
     """The bytes before the data, and where each tensor's data will lie."""
     order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
         spec = specs[name]

@@ -24,8 +24,9 @@ from ossature.convert.layout import Published, Stored, layout
 from ossature.convert.source import Source
 from ossature.kernels import mxfp4
 
-PIECE_BYTES = 2**26
-"""Of a piece in its wider form; one expert's matrix at least."""
+PIECE_BYTES = 2**25
+"""Of a piece in bfloat16; one expert's matrix at least.  Larger buffers are given back to the
+system each time, and filling them with fresh pages costs as much as recoding them."""
 MOST_WORKERS = 8
 Job = TypeVar("Job")
 Made = TypeVar("Made")
