@@ -1,5 +1,12 @@
-"""Several gloo ranks inside a test: forked, met through a file, ended by a deadline."""
+"""Several gloo ranks inside a test: forked from a clean server, met through a file, ended in time.
 
+The server has imported torch and ossature and run nothing, so it has no threads that a fork would
+cut off in the middle of something; pytest's own process has many.  Functions and arguments travel
+by pickle: a function is one of a test module's top level.
+"""
+
+import faulthandler
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -12,8 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.fsdp  # imported before the fork: once, not by every rank
 import torch.multiprocessing as mp
+
+CLEAN = multiprocessing.get_context("forkserver")
+CLEAN.set_forkserver_preload(["torch.distributed.fsdp", "ossature.train.loop", "tests.small_runs"])
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, seconds: float = 90) -> list:
@@ -23,7 +32,11 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, seconds: flo
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
-            _rank, (world, function, args, folder), nprocs=world, join=False, start_method="fork"
+            _rank,
+            (world, function, args, folder, seconds),
+            nprocs=world,
+            join=False,
+            start_method="forkserver",
         )
         deadline, done = time.monotonic() + seconds, False
         try:
@@ -35,13 +48,18 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, seconds: flo
                     process.kill()
         errors = [path.read_text() for path in sorted(Path(folder).glob("error*"))]
         assert not errors, "\n".join(errors)
-        assert done, f"{world} ranks took more than {seconds} s"
+        stacks = [path.read_text() for path in sorted(Path(folder).glob("stack*"))]
+        assert done, "\n".join([f"{world} ranks took more than {seconds} s", *stacks])
         return [pickle.loads((Path(folder) / f"result{n}").read_bytes()) for n in range(world)]
 
 
-def _rank(rank: int, world: int, function: Callable, args: tuple, folder: str) -> None:
+def _rank(
+    rank: int, world: int, function: Callable, args: tuple, folder: str, seconds: float
+) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    stack = (Path(folder) / f"stack{rank}").open("w")
+    faulthandler.dump_traceback_later(seconds - 5, file=stack)
     try:
         dist.init_process_group(
             "gloo",

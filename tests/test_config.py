@@ -80,7 +80,7 @@ def test_none_is_the_absent_value():
         ([*BASE, "--steps"], "--steps needs a value"),
         ([*BASE, "--optim.lr", "fast"], "--optim.lr = fast: must be a number"),
         ([*BASE, "--optim.lr", "nan"], "optim.lr (nan) must be at least 0"),
-        ([*BASE, "--compile", "yes"], "--compile = yes: must be true or false"),
+        ([*BASE, "--compile=yes"], "--compile = yes: must be true or false"),
         ([*BASE, "--precision", "fp8"], "--precision = fp8: must be one of bf16, fp32, fp16"),
         ([*BASE, "word"], "unexpected argument 'word'"),
         ([*BASE, "--steps", "0"], "steps (0) must be at least 1"),

@@ -248,6 +248,8 @@ ELSEWHERE = {
         ("parallel.pp", "parallel.cp", "parallel.tp", "parallel.ep", "parallel.etp"),
         "test_an_impossible_layout_is_refused_with_both_numbers",
     ),
+    "parallel.pp_schedule": "tests/parallel/test_pipeline.py",
+    "parallel.pp_chunks": "tests/parallel/test_pipeline.py",
     "parallel.dp_replicate": "test_dp_shard_takes_the_ranks_left_over",
     "parallel.dp_shard": "test_dp_shard_takes_the_ranks_left_over",
 }

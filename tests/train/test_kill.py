@@ -1,5 +1,6 @@
 """Kill -9 at any moment: the last whole checkpoint is there, and going on from it is exact."""
 
+import importlib
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,67 +17,67 @@ import torch.distributed as dist
 
 from ossature.checkpoint import steps as checkpoint_steps
 from ossature.checkpoint import store
+from ossature.config import TrainConfig
 from ossature.train.loop import train
-from tests.ranks import run_ranks
+from ossature.train.signals import StopRequest
+from tests.ranks import CLEAN, run_ranks
 from tests.small_runs import records, small_run
 from tests.train.test_loop import assert_same_run, worst_difference
 
 RUN = {"optim__eps": 0.1, "steps": 8, "checkpoint__every_steps": 1, "checkpoint__keep": 2}
 
 
-def killed_child(config, prepare: Callable[[], None], seconds: float = 60.0) -> int:
-    """Train in a fork of this process; its exit status, negative for the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        try:
-            prepare()
-            train(config)
-        finally:
-            os._exit(0)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"the child took more than {seconds} s")
+def ended(target: Callable[..., None], *args: Any, after: float = 60.0, kill: bool = False) -> int:
+    """Run a function in a process of its own; its exit code, negative for the signal that ended it.
+
+    Args:
+        after: seconds it may take.
+        kill: kill -9 it then; otherwise the test fails.
+    """
+    process = CLEAN.Process(target=target, args=args)
+    process.start()
+    process.join(after)
+    late = process.exitcode is None
+    if late:
+        process.kill()
+        process.join()
+    assert kill or not late, f"the process took more than {after} s"
+    assert process.exitcode is not None
+    return process.exitcode
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def run(config: TrainConfig) -> None:
+    torch.set_num_threads(1)
+    train(config)
+    os._exit(0)
 
 
-def at_call(module, name: str, number: int) -> Callable[[], None]:
-    """Makes the process kill itself as it enters the `number`th call of a function."""
+def run_until_call(config: TrainConfig, module: str, name: str, number: int) -> None:
+    """Train, and kill this very process as it enters the `number`th call of a function."""
+    place, calls = importlib.import_module(module), []
+    plain = getattr(place, name)
 
-    def prepare() -> None:
-        calls = []
-        plain = getattr(module, name)
+    def counting(*args: Any, **options: Any) -> Any:
+        calls.append(0)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **options)
 
-        def counting(*args, **options):
-            calls.append(0)
-            if len(calls) == number:
-                die()
-            return plain(*args, **options)
-
-        setattr(module, name, counting)
-
-    return prepare
+    setattr(place, name, counting)
+    run(config)
 
 
 # One checkpoint calls save_weights twice (optimizer, then weights), _write_synced for config.json
 # and state.json, _sync_folder three times (the last after the rename), and, from the third
 # checkpoint on, rmtree for the oldest.
+STEPS = "ossature.checkpoint.steps"
 MOMENTS = {
-    "before the optimizer of step 3": (checkpoint_steps, "save_weights", 5, 2),
-    "between optimizer and weights of step 3": (checkpoint_steps, "save_weights", 6, 2),
-    "before state.json of step 3": (checkpoint_steps, "_write_synced", 6, 2),
-    "before the rename of step 3": (checkpoint_steps, "_sync_folder", 8, 2),
-    "after the rename of step 3": (checkpoint_steps, "_sync_folder", 9, 3),
-    "while step 2 is removed": (checkpoint_steps.shutil, "rmtree", 6, 4),
+    "before the optimizer of step 3": (STEPS, "save_weights", 5, 2),
+    "between optimizer and weights of step 3": (STEPS, "save_weights", 6, 2),
+    "before state.json of step 3": (STEPS, "_write_synced", 6, 2),
+    "before the rename of step 3": (STEPS, "_sync_folder", 8, 2),
+    "after the rename of step 3": (STEPS, "_sync_folder", 9, 3),
+    "while step 2 is removed": ("shutil", "rmtree", 6, 4),
 }
 
 
@@ -84,7 +86,7 @@ def test_a_kill_during_a_save_leaves_the_last_whole_step(tmp_path, moment):
     module, name, number, step = MOMENTS[moment]
     train(small_run(tmp_path / "a", **RUN))
     config = small_run(tmp_path / "b", **RUN)
-    assert killed_child(config, at_call(module, name, number)) == -signal.SIGKILL
+    assert ended(run_until_call, config, module, name, number) == -signal.SIGKILL
     last = store.newest(tmp_path / "b")
     assert last and store.step_of(last) == step
     store.load_weights(last, {n: torch.empty(s) for n, (s, _) in store.list_weights(last).items()})
@@ -97,20 +99,12 @@ def test_a_kill_during_a_save_leaves_the_last_whole_step(tmp_path, moment):
 def test_kills_at_random_moments_leave_no_trace(tmp_path, asynchronous):
     config = small_run(tmp_path / "b", checkpoint__asynchronous=asynchronous, **RUN)
     began = time.monotonic()
-    train(small_run(tmp_path / "a", **RUN))
+    assert ended(run, small_run(tmp_path / "a", **RUN)) == 0
     whole = time.monotonic() - began
     draw = random.Random(int(asynchronous))
-    kills = 0
-
-    def later() -> None:
-        signal.signal(signal.SIGALRM, lambda *_: die())
-        signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, whole))
-
-    for _ in range(3):
-        draw.random()
-        kills += killed_child(config, later) == -signal.SIGKILL
-    train(config)
-    assert kills
+    codes = [ended(run, config, after=draw.uniform(0.2, 0.7) * whole, kill=True) for _ in range(3)]
+    assert -signal.SIGKILL in codes
+    assert ended(run, config) == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -124,7 +118,7 @@ def _die_together(rank: int, world: int, config) -> None:
         if len(calls) == 5:
             dist.barrier()
             (config.run / f"reached{rank}").touch()
-            die()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint_steps.save_weights = counting
     train(config)
@@ -184,19 +178,15 @@ def test_a_signal_ends_the_command_with_0_and_says_how_to_go_on(tmp_path, number
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
     """Under a debugger or a hanging file system nobody wants to wait for a step."""
-    child = os.fork()
-    if child == 0:
-        from ossature.train.signals import StopRequest
+    assert ended(signal_twice) == -signal.SIGTERM
 
-        try:
-            with StopRequest() as stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-                assert stop.asked
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(30)
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+def signal_twice() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if stop.asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from ossature.train import loop
 from ossature.train.loop import TrainingFailed, train
 from ossature.train.signals import StopRequest
 from tests.ranks import run_ranks
-from tests.small_runs import TINY, change, records, small_run
+from tests.small_runs import TINY, change, records, small_run, text_corpus
 
 TIMES = ("seconds", "tokens_per_second", "memory_bytes")
 
@@ -376,6 +376,23 @@ def test_the_balancing_bias_is_off_by_default_and_zero_at_the_end(tmp_path):
     assert sizes[:3] == pytest.approx([0.01, sizes[1], sizes[2]])
     # Steps 4, 5 and 6 are the last three: two thirds, one third, nothing.
     assert sizes[3:] == pytest.approx([sizes[2] * 2 / 3, sizes[2] / 3, 0.0])
+
+
+def test_all_ranks_sample_together_and_say_what_one_says(tmp_path):
+    """Weights are gathered by every forward: a rank that stayed away would hang the others."""
+    corpus = text_corpus(tmp_path)
+    changes = {"model": "tiny_text", "data__mock": False, "data__path": corpus, "steps": 2}
+    changes |= {"sample__every_steps": 1, "sample__temperature": 0.0, "sample__prompts": ("def",)}
+    said = {}
+    for ranks in (1, 2):
+        config = small_run(tmp_path / str(ranks), **changes, **SMOOTH)
+        run_ranks(ranks, _train, config, seconds=60)
+        lines = (tmp_path / str(ranks) / "samples.jsonl").read_text().splitlines()
+        said[ranks] = [json.loads(line) for line in lines]
+        checkpoint = store.newest(tmp_path / str(ranks))
+        assert checkpoint and (checkpoint / "tokenizer.json").is_file()
+    assert len(said[1]) == 2 and said[1][0]["text"]
+    assert said[1] == said[2]
 
 
 class Reads(TorchDispatchMode):
