@@ -21,7 +21,8 @@ run ossature data build python-stdlib --output "$out/data" --train-tokenizer 409
     --split 98,2,0
 
 heading "2  Tokens -> a model: a gpt-oss of the debug size, 4 layers with 8 experts each"
-run ossature train configs/demo.toml --run "$out/run" --data.path "$out/data"
+run ossature train configs/debug.toml --run "$out/run" --data.path "$out/data" \
+    --log.every-steps 10
 run ossature report "$out/run"
 
 heading "3  The model -> text"
