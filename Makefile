@@ -2,6 +2,7 @@
 # make test       what a change must pass: the tests but the slow ones
 # make test-all   all tests
 # make check      style, types, direction of imports
+# make tree       draws the tree of the README anew, after a module came, went or changed its name
 #
 # The first of them makes .venv and installs what it needs (scripts/install.sh).  PYTHON=python3.13
 # and TORCH=torch==2.12.0 choose others; VENV=path uses another environment.
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check tree format clean
 
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
@@ -26,6 +27,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
+
+tree: $(VENV)/.installed
+	$(BIN)/python scripts/tree.py --write
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

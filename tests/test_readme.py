@@ -1,6 +1,7 @@
 """What the README says is true: its tree, its commands with every option, its links, its code."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -28,28 +29,13 @@ def commands() -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def tree() -> list[str]:
-    """The paths that the README's tree draws, two spaces of indent a level."""
-    drawn = next(block for block in blocks("") if block.startswith("ossature/"))
-    paths, folders = [], []
-    for line in drawn.splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders = [*folders[:depth], name.rstrip("/")]
-        if not name.endswith("/"):
-            paths.append("/".join(folders))
-            assert len(line.split()) > 1, f"{name}: say what it is"
-    return paths
-
-
 def test_the_tree_is_the_files():
-    files = [
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "ossature").rglob("*.py")
-        if path.name != "__init__.py" or path.stat().st_size
-    ]
+    """Every module with its own first sentence; `make tree` draws it anew."""
+    tree = runpy.run_path(str(ROOT / "scripts" / "tree.py"))
 
-    assert sorted(tree()) == sorted(files)
+    assert tree["with_tree"](README) == README
+    folders = {path.parent.name for path in (ROOT / "ossature").glob("*/__init__.py")}
+    assert set(tree["FOLDERS"]) == folders
 
 
 def test_no_module_has_more_than_500_lines():
