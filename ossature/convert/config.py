@@ -37,6 +37,7 @@ _FIELDS: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
 }
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id")
+_LAYERS = ("sliding_attention", "full_attention")
 _ALIASES = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 # Keys with one value that the architecture has; any other is another architecture.
 _FIXED: dict[str, Any] = {
@@ -193,8 +194,8 @@ def _from_hugging_face(table: dict[str, Any]) -> dict[str, Any]:
         fields[key] = None if value is None else _number(key, value, int)
     layer_types = table.pop("layer_types", None)
     if layer_types is not None:
-        if not isinstance(layer_types, list) or not all(isinstance(w, str) for w in layer_types):
-            raise ValueError("layer_types must be a list of words")
+        if not isinstance(layer_types, list) or not set(map(str, layer_types)) <= set(_LAYERS):
+            raise ValueError(f"layer_types must be a list of {' and '.join(_LAYERS)}")
         fields["layer_types"] = tuple(layer_types)
     fields |= _rope(table, fields["max_position_embeddings"])
     unknown = sorted(table.keys() - INERT)
