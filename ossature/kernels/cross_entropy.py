@@ -7,8 +7,13 @@ scales.  The softmax is fp32 whatever the dtype of the matrices.
 tests/kernels/test_cross_entropy.py ties it to torch's cross_entropy on whole logits.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+LossAndGradient = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""(logits, targets, dtype of the softmax) -> the summed loss; logits become its gradient."""
 
 # Logits that exist at a time, in the dtype of the matrices; and those of them that are widened to
 # fp32 at a time, few enough for a CPU's cache.
@@ -17,7 +22,11 @@ _WIDE_LOGITS = {"cpu": 2**20, "cuda": 2**28}
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int | None = None,
+    chunk_loss: LossAndGradient | None = None,
 ) -> Tensor:
     """Sum over the counted tokens of -log softmax(x @ weight.T)[target], in fp32 (or fp64).
 
@@ -25,15 +34,29 @@ def linear_cross_entropy(
         x: (tokens, hidden); weight: (vocab, hidden).
         targets: (tokens,) int64; -100 is not counted.
         chunk_tokens: tokens whose logits exist at a time; default by device and vocabulary.
+        chunk_loss: of a chunk; for a weight that has only some rows of the vocabulary.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(256, _CHUNK_LOGITS.get(x.device.type, 2**26) // weight.shape[0])
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk_tokens)
+        chunk_tokens = default_chunk_tokens(x.device.type, weight.shape[0])
+    return _LinearCrossEntropy.apply(
+        x, weight, targets, chunk_tokens, chunk_loss or loss_and_gradient
+    )
+
+
+def default_chunk_tokens(device_type: str, vocab: int) -> int:
+    return max(256, _CHUNK_LOGITS.get(device_type, 2**26) // vocab)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        chunk_loss: LossAndGradient,
+    ) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=x.device)
@@ -43,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = x[chunk] @ weight.mT
-            loss += _loss_and_gradient(logits, targets[chunk], wide)
+            loss += chunk_loss(logits, targets[chunk], wide)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[chunk])
             if dweight is not None:
@@ -57,10 +80,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dweight = (
             None if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return dx, dweight, None, None
+        return dx, dweight, None, None, None
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
+def loss_and_gradient(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
     """The summed loss; logits are overwritten with its gradient."""
     counted = targets != -100
     index = targets.masked_fill(~counted, 0)[:, None]

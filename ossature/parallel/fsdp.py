@@ -9,25 +9,34 @@ backend and for groups of any size (other factors divide twice on a group of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from ossature.model.transformer import Transformer
+from ossature.parallel.gradients import local
 from ossature.parallel.mesh import dense_view, fsdp_mesh
+from ossature.parallel.stages import Stage
 
 COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
+def shard(
+    model: Transformer | Stage, mesh: DeviceMesh, precision: str, experts: DeviceMesh | None = None
+) -> None:
     """Shard the weights in place: one group per block, the rest in the root's.
 
     A block's weights are gathered, in the compute dtype, for its own forward and backward.
     Masters, gradients and their reduction are fp32.
+
+    Args:
+        experts: view of the experts' ranks, if they are others than those of the dense weights;
+            the experts of a block are then a group of their own.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if precision == "fp32" else COMPUTE_DTYPE[precision],
@@ -35,15 +44,44 @@ def shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
         # The angles of RoPE enter each block in fp32 and have to stay so.
         cast_forward_inputs=False,
     )
+
+    def group(module: nn.Module, where: DeviceMesh, place: Place | None = None) -> None:
+        # On one rank nothing is saved by dropping the weights after the forward pass.  A stage
+        # keeps them for all of its micro-batches: gathering them for each would cost as many times.
+        again = where.shape[-1] > 1 and mesh["pp"].size() == 1
+        again = None if module is model else again
+        fully_shard(
+            module,
+            mesh=where,
+            mp_policy=policy,
+            reshard_after_forward=again,
+            shard_placement_fn=place,
+        )
+
     where = fsdp_mesh(dense_view(mesh))
-    # On one rank nothing is saved by dropping the weights after the forward pass.
-    reshard = where.shape[-1] > 1
     for block in model.blocks.values():
-        fully_shard(block, mesh=where, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(model, mesh=where, mp_policy=policy)
+        if experts is not None:
+            apart = fsdp_mesh(experts)
+            group(block.get_submodule("moe.experts"), apart, _even(apart.shape[-1]))
+        group(block, where)
+    group(model, where)
     for module in sharded(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+Place = Callable[[nn.Parameter], Shard | None]
+"""The dim that a parameter is sharded along; None is the first."""
+
+
+def _even(ranks: int) -> Place:
+    """The experts if they divide evenly, else what is inside of them, if that does."""
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        experts, size = local(parameter).shape[:2]
+        return Shard(1) if experts % ranks and size % ranks == 0 else None
+
+    return place
 
 
 def sharded(model: nn.Module) -> list[FSDPModule]:

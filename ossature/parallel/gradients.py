@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -17,11 +18,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def global_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+def global_norm(
+    parameters: Iterable[nn.Parameter], mesh: DeviceMesh | None = None
+) -> Float[Tensor, ""]:
     """2-norm of all gradients together, the same on every rank; no host synchronisation.
 
     Squares are added over the mesh axes a gradient is sharded on and no others: a replicated
     gradient counts once.
+
+    Args:
+        mesh: of the run; ranks of its axis pp have different parameters.
     """
     groups: dict[tuple, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
@@ -33,13 +39,16 @@ def global_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
         elif gradient is not None:
             groups[None, ()].append(gradient)
     squares = []
-    for (mesh, axes), gradients in groups.items():
+    for (where, axes), gradients in groups.items():
         square = _square_norm(gradients)
         for axis in axes:
-            if mesh.size(axis) > 1:
-                dist.all_reduce(square, group=mesh.get_group(axis))
+            if where.size(axis) > 1:
+                dist.all_reduce(square, group=where.get_group(axis))
         squares.append(square)
-    return torch.stack(squares).sum().sqrt().float()
+    total = torch.stack(squares).sum()
+    if mesh is not None and mesh["pp"].size() > 1:
+        dist.all_reduce(total, group=mesh.get_group("pp"))
+    return total.sqrt().float()
 
 
 def _square_norm(gradients: list[Tensor]) -> Tensor:

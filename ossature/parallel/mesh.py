@@ -22,21 +22,15 @@ from ossature.model.config import ModelConfig
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DATA_AXES = ("dp_replicate", "dp_shard")
 """Axes whose ranks read different rows."""
-NOT_BUILT = ("pp", "cp", "tp", "ep", "etp")
 
 
 def sizes(config: ParallelConfig, world: int) -> dict[str, int]:
     """Ranks along every axis.
 
     Raises:
-        ValueError: the axes do not multiply to `world`, ep x etp does not divide what it borrows
-            from, or an axis is not built yet.
+        ValueError: the axes do not multiply to `world`, or ep x etp does not divide what it
+            borrows from.
     """
-    for axis in NOT_BUILT:
-        if getattr(config, axis) > 1:
-            raise ValueError(
-                f"parallel.{axis} ({getattr(config, axis)}) must be 1: this axis is not built yet"
-            )
     given = {axis: getattr(config, axis) for axis in AXES}
     others = math.prod(size for axis, size in given.items() if axis != "dp_shard")
     product = " x ".join(f"{axis} ({size})" for axis, size in given.items() if axis != "dp_shard")

@@ -6,20 +6,41 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ossature.config import TrainConfig
 from ossature.model.transformer import Transformer
+from ossature.parallel.context import split_sequences
+from ossature.parallel.expert import split_experts
 from ossature.parallel.fsdp import shard
+from ossature.parallel.mesh import dense_view, expert_view
+from ossature.parallel.pipeline import Pipeline
 from ossature.parallel.recompute import recompute
+from ossature.parallel.tensor import split_tensors
 
 
-def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> None:
+def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pipeline | None:
     """Change `model` in place; its `config` and the names of its parameters stay as they are.
 
-    The order has a reason: axes that split single layers (tp, ep, cp; not built yet) name plain
-    modules, so they go first; recomputation wraps what they left; compile wants a block in its
-    final form; FSDP shards whatever the others left, and its hooks stay outside of all that.
+    Returns what runs the stages of a pipeline, if there is one.
+
+    The order has a reason: pp takes out what other ranks have; axes that split single layers (tp,
+    ep, etp) name plain modules, so they go before what wraps modules; recomputation wraps what
+    they left; compile wants a block in its final form; FSDP shards whatever the others left, and
+    its hooks stay outside of all that.
     """
+    axes = config.parallel
+    pipeline = experts = None
+    if axes.pp > 1:
+        pipeline = Pipeline(model, mesh, config)
+    elif axes.cp > 1:
+        split_sequences(model, mesh)
+    if axes.tp > 1:
+        split_tensors(model, dense_view(mesh), loss_parallel=axes.loss_parallel)
+    if axes.tp * axes.ep * axes.etp > 1:
+        experts = expert_view(mesh, axes)
+        split_experts(model, experts)
     for block in model.blocks.values():
         recompute(block, config.recompute)
     if config.compile:
         for block in model.blocks.values():
             block.compile()
-    shard(model, mesh, config.precision)
+    for root in (model,) if pipeline is None else pipeline.stages.values():
+        shard(root, mesh, config.precision, experts)
+    return pipeline

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ossature.model.init import initial_weight
 from ossature.model.transformer import Transformer
+from ossature.parallel.gradients import local
 
 
 @torch.no_grad()
@@ -27,13 +28,26 @@ def fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(whole.shape)}, the model needs {tuple(parameter.shape)}"
             )
-        if isinstance(parameter, DTensor):
-            # src_data_rank=None: every rank cuts its part from its own copy.
-            whole = whole.to(parameter.device, parameter.dtype)
-            whole = distribute_tensor(
-                whole, parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-        parameter.copy_(whole)
+        local(parameter).copy_(own_part(whole, parameter))
+
+
+def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank has of a tensor that is stored as `parameter` is.
+
+    The axes of its mesh are taken from the last to the first: FSDP comes first in the mesh, and
+    shards what tp, ep and etp have left.
+    """
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    for axis in reversed(range(mesh.ndim)):
+        place = parameter.placements[axis]
+        if not place.is_replicate():
+            dim = place.dim  # pyright: ignore[reportAttributeAccessIssue]
+            size = -(-whole.shape[dim] // mesh.size(axis))  # as torch.chunk does
+            start = min(size * mesh.get_local_rank(axis), whole.shape[dim])
+            whole = whole.narrow(dim, start, min(size, whole.shape[dim] - start))
+    return whole
 
 
 def initialise(model: Transformer, seed: int) -> None:

@@ -30,7 +30,6 @@ def test_dp_shard_takes_the_ranks_left_over(given, world, replicate, shard):
         ({"dp_replicate": 3}, 8, r"dp_replicate \(3\).* must divide the number of ranks \(8\)"),
         ({"dp_shard": 2}, 3, r"dp_shard \(2\) must be the number of ranks \(3\)"),
         ({"dp_replicate": 2, "dp_shard": 2}, 2, r"must be the number of ranks \(2\)"),
-        *(({axis: 2}, 2, rf"parallel\.{axis} \(2\) must be 1") for axis in meshes.NOT_BUILT),
     ],
 )
 def test_an_impossible_layout_is_refused_with_both_numbers(given, world, sentence):

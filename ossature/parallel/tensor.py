@@ -1,0 +1,76 @@
+"""Tensor parallelism: heads and the vocabulary divided over the ranks of the axis `tp`.
+
+A rank has some heads with their sinks, and the columns of o_proj that read them: it finds one term
+of a sum over the ranks, on the whole sequence.  Between those parts the sequence is divided
+(`ossature.parallel.sequence`), so that nothing is computed twice.  What is not split (norms,
+router, the bias of o_proj) every rank has whole and uses on its own tokens: the gradients of those
+are added up.  Experts are whole too, and theirs is added up by FSDP (`ossature.parallel.expert`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ossature.model.attention import Attention
+from ossature.model.moe import MoE
+from ossature.model.transformer import Transformer
+from ossature.parallel.local import added_once, compute_locally, split, summed
+from ossature.parallel.sequence import Sequence
+from ossature.parallel.vocabulary import split_embedding, split_head
+
+
+def split_tensors(model: Transformer, view: DeviceMesh, *, loss_parallel: bool) -> None:
+    """Divide the model over tp in place; modules that a pipeline stage does not have are skipped.
+
+    Args:
+        view: of the dense weights, by `mesh.dense_view`.
+        loss_parallel: find the loss without gathering logits.
+    """
+    tp = view["tp"]
+    sequence = Sequence(tp.get_group())
+    sequence.watch(model)
+    if model.embedding is not None:
+        split_embedding(model.embedding, sequence)
+        _split(model.embedding, tp, weight=(0,))
+    if model.lm_head is not None:
+        split_head(model.lm_head, sequence, loss_parallel)
+        _split(model.lm_head, tp, weight=(0,))
+        compute_locally(model.norm, weight=summed(sequence.group))
+    for block in model.blocks.values():
+        for name in ("attention_norm", "moe_norm"):
+            compute_locally(block.get_submodule(name), weight=summed(sequence.group))
+        attention, moe = block.get_submodule("attention"), block.get_submodule("moe")
+        assert isinstance(attention, Attention) and isinstance(moe, MoE)
+        _split_attention(attention, tp, sequence)
+        once = summed(sequence.group)
+        compute_locally(moe.router, weight=once, bias=once)
+        moe.register_forward_pre_hook(partial(_cut_counted, sequence))
+
+
+def _split_attention(attention: Attention, tp: DeviceMesh, sequence: Sequence) -> None:
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        _split(projection, tp, weight=(0,), bias=(0,))
+    _split(attention.sinks, tp, weight=(0,))
+    split(attention.o_proj, tp, weight=(1,))
+    compute_locally(attention.o_proj, bias=added_once(sequence.group))
+    plain = attention.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return sequence.part(plain(sequence.whole(x), *args, **kwargs))
+
+    attention.forward = forward
+
+
+def _split(module: nn.Module, mesh: DeviceMesh, **dims: tuple[int | None, ...]) -> None:
+    split(module, mesh, **dims)
+    compute_locally(module)
+
+
+def _cut_counted(sequence: Sequence, _moe: nn.Module, args: tuple[Tensor, Tensor | None]) -> Any:
+    """The statistics of a rank are those of its own tokens."""
+    x, counted = args
+    return x, counted if counted is None else sequence.own(counted)
