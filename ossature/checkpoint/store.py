@@ -61,7 +61,8 @@ def load_weights(folder: Path | str, tensors: Mapping[str, Tensor]) -> None:
     """Fill the tensors in place, each rank its own parts; values are cast to the dtype they find.
 
     Raises:
-        ValueError: the names in the folder are not exactly those asked for, or a shape differs.
+        ValueError: the names in the folder are not exactly those that the ranks ask for, each its
+            own, or a shape differs.
     """
     stored = list_weights(folder)
     for name, tensor in tensors.items():
@@ -71,8 +72,9 @@ def load_weights(folder: Path | str, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{folder}: {name} has shape {stored[name][0]}, expected {tuple(tensor.shape)}"
             )
+    wanted = _names_of_all_ranks(tensors)
     for name in stored:
-        if name not in tensors:
+        if name not in wanted:
             raise ValueError(f"{folder}: unexpected tensor {name}")
     with _sentences(folder), _one_process():
         load(
@@ -80,6 +82,15 @@ def load_weights(folder: Path | str, tensors: Mapping[str, Tensor]) -> None:
             storage_reader=_Reader(folder),
             no_dist=not dist.is_initialized(),
         )
+
+
+def _names_of_all_ranks(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Pipeline ranks have different tensors."""
+    if not dist.is_initialized():
+        return set(tensors)
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, list(tensors))
+    return set().union(*names)
 
 
 def list_weights(folder: Path | str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

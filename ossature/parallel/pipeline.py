@@ -12,7 +12,7 @@ Names of parameters are those of the whole model: what a rank does not have, it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -89,8 +89,8 @@ class Pipeline:
         self.carries = bool(config.router.aux_loss or config.router.z_loss)
         """Whether router statistics travel along."""
         self._loss: Loss | None = None
-        self._schedules: dict[tuple[int, ...], object] = {}
-        model.forward = self.forward
+        self._schedules: dict[tuple[int, ...], Any] = {}
+        model.forward = self.forward  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(
         self,
@@ -201,7 +201,7 @@ class Pipeline:
             return COMPUTE_DTYPE[self.config.precision]
         return next(next(iter(self.stages.values())).parameters()).dtype
 
-    def _schedule(self, micro_batches: int, rows: int, seq: int):
+    def _schedule(self, micro_batches: int, rows: int, seq: int) -> Any:
         """torch's schedule for steps of this shape; made once."""
         key = micro_batches, rows, seq
         if key not in self._schedules:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ossature.config import ParallelConfig
+from ossature.config import ParallelConfig, TrainConfig
 from ossature.model.attention import Layout
 from ossature.model.cache import Cache, Step
 from ossature.model.config import ModelConfig
@@ -39,15 +39,17 @@ def stages_of(rank: int, config: ParallelConfig) -> list[int]:
     return [rank + config.pp * turn for turn in range(stages_per_rank(config))]
 
 
-def check_pipeline(config: ParallelConfig, num_hidden_layers: int, micro_batches: int) -> None:
+def check_pipeline(run: TrainConfig, num_hidden_layers: int, micro_batches: int) -> None:
     """Refuse what the schedule cannot do.
 
     Args:
         micro_batches: of one rank in one optimizer step.
 
     Raises:
-        ValueError: too few layers or micro-batches, or not a multiple.
+        ValueError: too few layers or micro-batches, or not a multiple; a way to recompute that
+            the schedule has no use for.
     """
+    config = run.parallel
     if config.pp == 1:
         return
     schedule, per_rank = config.pp_schedule, stages_per_rank(config)
@@ -63,6 +65,12 @@ def check_pipeline(config: ParallelConfig, num_hidden_layers: int, micro_batches
             f"parallel.pp_schedule {schedule} needs at least {least} micro-batches a step on each "
             f"rank (global_batch_tokens / (micro_batch_tokens x data ranks) is {micro_batches})"
         )
+    if run.recompute == "selective" and schedule in V_SCHEDULES:
+        # What is kept is given out once, and each half of such a backward pass asks for it.
+        raise ValueError(
+            f"parallel.pp_schedule {schedule} goes with recompute full or none, not selective: its "
+            "backward pass has two halves"
+        )
     if schedule == "Interleaved1F1B" and micro_batches % max(1, micro_batches // config.pp):
         raise ValueError(
             f"parallel.pp_schedule {schedule} needs micro-batches of a step on each rank "
@@ -73,23 +81,17 @@ def check_pipeline(config: ParallelConfig, num_hidden_layers: int, micro_batches
 def stage_layers(config: ModelConfig, stages: int) -> list[range]:
     """The blocks of each stage: the slowest stage is as fast as can be.
 
-    A stage takes the time of the weights a token is multiplied with in it.  The last stage has the
-    head, worth 4.6 blocks of the 20B model; the embedding is a lookup, but its weights take
-    memory, so that of equally fast divisions the one with the shortest first stage is taken.
-    Every stage has a block.
+    A stage takes the time of the weights a token is multiplied with in it: the head is worth 4.6
+    blocks of the 20B model.  The embedding is a lookup, but its weights take memory: what could go
+    to several stages goes to the last of them.  Every stage has a block.
     """
     layers = config.num_hidden_layers
     head = config.vocab_size * config.hidden_size
     block = (matmul_parameters(config) - head) / layers
-    # Blocks a stage may have at most, the last one fewer by the head: the least that suffices.
-    for most in range(1, layers + 1):
-        last = max(1, int(most - head / block))
-        if (stages - 1) * most + last >= layers:
-            break
     sizes = [1] * stages
-    for _ in range(layers - stages):  # one more to the shortest, from behind
-        room = [n for n in range(stages) if sizes[n] < (last if n == stages - 1 else most)]
-        sizes[min(room, key=lambda n: (sizes[n], -n))] += 1
+    for _ in range(layers - stages):  # one more where that makes the fastest stage, or a later one
+        costs = [size + (head / block if n == stages - 1 else 0) for n, size in enumerate(sizes)]
+        sizes[min(range(stages), key=lambda n: (costs[n], -n))] += 1
     ends = list(itertools.accumulate(sizes))
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 

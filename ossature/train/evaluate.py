@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ossature.config import SampleConfig, TrainConfig
 from ossature.data.loader import Batch, Loader
 from ossature.model.transformer import Transformer
 from ossature.parallel.fsdp import inference
-from ossature.parallel.mesh import data_rank, sum_over_data
+from ossature.parallel.mesh import data_rank
 from ossature.sample.generate import evaluating, generate
 from ossature.train.step import targets
 
@@ -44,7 +45,7 @@ def validate(model: Transformer, loader: Loader, mesh: DeviceMesh) -> float:
     The set does not change from one call to the next, nor with the number of ranks.
     """
     rank, world = data_rank(mesh)
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     counted = 0
     with evaluating(model), inference(model):
@@ -61,7 +62,11 @@ def validate(model: Transformer, loader: Loader, mesh: DeviceMesh) -> float:
             if rank < len(turn):
                 total += loss
                 counted += int((goal >= 0).sum())
-    sums = sum_over_data(torch.stack([total.cpu(), torch.tensor(float(counted)).double()]), mesh)
+    # Ranks of pp and tp know the same loss, those of cp parts of it; all count whole rows.
+    same = mesh["pp"].size() * mesh["tp"].size()
+    parts = [total.cpu() / same, torch.tensor(counted / (same * mesh["cp"].size())).double()]
+    sums = torch.stack(parts)
+    dist.all_reduce(sums)
     return float(sums[0] / sums[1].clamp(min=1))
 
 

@@ -136,8 +136,9 @@ def one_step(parts: Parts, batches: list[Batch], counted: int) -> Record:
         router,
         loss_scale=progress.loss_scale,
         log_router=routed,
+        pipeline=parts.pipeline,
     )
-    scaled_norm = global_norm(parts.weights.values())
+    scaled_norm = global_norm(parts.weights.values(), parts.mesh)
     # The one time in a step that the host waits for the device.
     heads = torch.stack([sums.loss, sums.router_loss, scaled_norm])
     numbers = torch.cat([heads, sums.entropy, sums.counts.flatten()]).tolist()
@@ -235,6 +236,8 @@ def introduction(parts: Parts) -> Iterator[str]:
         f"{config.global_batch_tokens * config.steps:,} in all; {config.precision} on "
         f"{device_name(parts.ranks.device)}, {layout}"
     )
+    if parts.pipeline is not None:
+        yield "of the stages on the first rank:"
     yield from optim.describe(parts.optimizer)
 
 

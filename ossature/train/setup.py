@@ -28,7 +28,9 @@ from ossature.model.config import SIZES, ModelConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel import mesh as meshes
 from ossature.parallel.launch import Ranks
+from ossature.parallel.pipeline import Pipeline
 from ossature.parallel.plan import parallelize
+from ossature.parallel.stages import check_pipeline
 from ossature.parallel.weights import fill, initialise
 from ossature.train import optim
 from ossature.train.evaluate import validation_loader
@@ -45,6 +47,7 @@ class Parts:
     ranks: Ranks
     mesh: DeviceMesh
     model: Transformer
+    pipeline: Pipeline | None
     weights: dict[str, nn.Parameter]
     """The masters by name, this rank's parts: taken when nothing is gathered."""
     optimizer: torch.optim.AdamW
@@ -81,6 +84,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     sizes = meshes.sizes(config.parallel, ranks.world)
     check_batch(config, sizes)
     shape = model_config(config.model)
+    meshes.check_model(config.parallel, shape, config.data.seq_len)
+    data_ranks = sizes["dp_replicate"] * sizes["dp_shard"]
+    each = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
+    check_pipeline(config, shape.num_hidden_layers, each)
     before = newest(config.run)
     if before is not None:
         if not config.resume:
@@ -95,7 +102,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
 
     with torch.device("meta"):
         model = Transformer(shape)
-    parallelize(model, mesh, config)
+    pipeline = parallelize(model, mesh, config)
     model.to_empty(device=ranks.device)
     weights = dict(model.named_parameters())
     optimizer = optim.build(weights.items(), config.optim)
@@ -111,6 +118,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         ranks=ranks,
         mesh=mesh,
         model=model,
+        pipeline=pipeline,
         weights=weights,
         optimizer=optimizer,
         loader=loader,

@@ -142,8 +142,9 @@ def one_by_one(
             router_log=log,
         )
         loss = loss_of(total, log)
-        for layer, statistics in enumerate(log.layers if log and note else ()):
-            note(layer, statistics)
+        if log is not None and note is not None:
+            for layer, statistics in enumerate(log.layers):
+                note(layer, statistics)
         loss.backward()
 
 
