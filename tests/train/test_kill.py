@@ -81,17 +81,24 @@ MOMENTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run that was never killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(small_run(folder, **RUN))
+    return folder
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_during_a_save_leaves_the_last_whole_step(tmp_path, moment):
+def test_a_kill_during_a_save_leaves_the_last_whole_step(tmp_path, whole, moment):
     module, name, number, step = MOMENTS[moment]
-    train(small_run(tmp_path / "a", **RUN))
     config = small_run(tmp_path / "b", **RUN)
     assert ended(run_until_call, config, module, name, number) == -signal.SIGKILL
     last = store.newest(tmp_path / "b")
     assert last and store.step_of(last) == step
     store.load_weights(last, {n: torch.empty(s) for n, (s, _) in store.list_weights(last).items()})
     train(config)
-    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert_same_run(whole, tmp_path / "b")
     assert not list((tmp_path / "b" / "checkpoints").glob("*.partial"))
 
 
@@ -128,7 +135,7 @@ def _train(rank: int, world: int, config) -> None:
     train(config)
 
 
-def test_two_ranks_killed_during_a_save_go_on_from_the_last_whole_step(tmp_path):
+def test_two_ranks_killed_during_a_save_go_on_from_the_last_whole_step(tmp_path, whole):
     config = small_run(tmp_path / "b", **RUN)
     with pytest.raises(Exception, match="SIGKILL"):
         run_ranks(2, _die_together, config)
@@ -136,8 +143,7 @@ def test_two_ranks_killed_during_a_save_go_on_from_the_last_whole_step(tmp_path)
     last = store.newest(config.run)
     assert last and store.step_of(last) == 2
     run_ranks(2, _train, config)
-    train(small_run(tmp_path / "a", **RUN))
-    assert worst_difference(tmp_path / "a", config.run) < 1e-4
+    assert worst_difference(whole, config.run) < 1e-4
     assert [r["step"] for r in records(config.run)] == list(range(1, 9))
 
 
@@ -159,7 +165,9 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached: {process.communicate()}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_command_with_0_and_says_how_to_go_on(tmp_path, number):
     process = subprocess.Popen(
         command(tmp_path, "--steps", "10000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,

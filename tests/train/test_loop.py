@@ -138,13 +138,20 @@ def test_the_split_into_micro_batches_differs_by_rounding_alone(tmp_path):
     ],
     ids=str,
 )
-def test_what_only_watches_or_saves_changes_no_weight(tmp_path, changes):
+def test_what_only_watches_or_saves_changes_no_weight(tmp_path, tmp_path_factory, changes):
     precision = changes.get("precision", "fp32")
-    expected = train(small_run(tmp_path / "a", precision=precision))
+    if precision not in PLAIN:
+        folder = tmp_path_factory.mktemp(f"plain_{precision}")
+        PLAIN[precision] = train(small_run(folder, precision=precision))
+    expected = PLAIN[precision]
     found = train(small_run(tmp_path / "b", **changes))
     assert expected and found
     for name, value in tensors(expected).items():
         assert torch.equal(value, store_read(found, name)), name
+
+
+PLAIN: dict[str, Path | None] = {}
+"""Checkpoint of a run without anything on top, by precision."""
 
 
 def store_read(checkpoint: Path, name: str) -> torch.Tensor:
