@@ -63,8 +63,10 @@ def convert(argv: list[str]) -> int:
     total = folders.size_bytes(source, options.to)
     print(f"{source.folder}: {TITLES[source.format]} -> {TITLES[options.to]}")
     start = time.monotonic()
+    console = Console(stderr=True)
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
         report = folders.write_folder(
             source,

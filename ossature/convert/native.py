@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
@@ -117,7 +118,11 @@ def write_native(source: Source, folder: Path, advance: Callable[[int], None]) -
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         # A file per tensor: within one file torch's writer holds on to all it has written.
         writer = _Writer(folder, single_file_per_rank=False)
-        save(tensors, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            save(tensors, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as failure:  # it wraps whatever ended it, interrupts too
+            error, _trace = next(iter(failure.failures.values()))
+            raise error from failure
     write_json(folder / "config.json", hugging_face_config(source.config, _dtype(source)))
 
 

@@ -12,14 +12,13 @@ from transformers import AutoModelForCausalLM, GptOssForCausalLM
 
 from ossature.convert.folder import open_source, write_folder
 from ossature.convert.source import Source
-from tests.tiny import hugging_face_model
+from tests.tiny import hugging_face_model, random_tokens
 
 
 def theirs(folder: Path, shape: str = "oblong", seed: int = 0, **changes: Any) -> GptOssForCausalLM:
     """A random model of transformers', saved by transformers in bfloat16, and given in float32."""
-    model = hugging_face_model(shape, seed, **changes)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return model.float()
+    hugging_face_model(shape, seed, torch.bfloat16, **changes).save_pretrained(folder)
+    return hugging_face_model(shape, seed, **changes)
 
 
 def loaded_by_transformers(folder: Path) -> GptOssForCausalLM:
@@ -70,3 +69,9 @@ def edit_config(folder: Path, **keys: Any) -> None:
     path = folder / "config.json"
     table = {**json.loads(path.read_text()), **keys}
     path.write_text(json.dumps({k: v for k, v in table.items() if v is not None}))
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, vocab_size: int) -> torch.Tensor:
+    out = model(random_tokens(2, 11, vocab_size))
+    return out if isinstance(out, torch.Tensor) else out.logits

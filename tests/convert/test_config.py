@@ -154,7 +154,7 @@ BAD = {
     "null": ({"sliding_window": None}, "sliding_window (null) must be a whole number"),
     "several ends": ({"eos_token_id": [1, 2]}, "eos_token_id ([1, 2]) must be a whole number"),
     "layers": ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
-    "a word": ({"layer_types": ["linear"] * 3}, "layer_types must be a list of sliding_attention and full_attention"),
+    "a word": ({"layer_types": ["linear"] * 3}, "layer_types must be a list of sliding"),
     "heads": ({"num_key_value_heads": 4}, "num_key_value_heads (4) must divide"),
     "another rope": ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type ('llama3') must be"),
     "no factor": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling has no factor"),
