@@ -18,7 +18,6 @@ import itertools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
@@ -27,6 +26,7 @@ from ossature.kernels.attention import band_mask, window_attention
 from ossature.kernels.chunk_attention import chunk_attention
 from ossature.kernels.flex import flex_attend, split_flex_mask
 from ossature.model.attention import Layout
+from ossature.parallel.collectives import Group
 from ossature.parallel.exchange import Split, exchange, gather_row, halo
 
 
@@ -73,7 +73,7 @@ class Context:
 class SplitLayout(Layout):
     """Which tokens of a batch may see which, for a rank that has only a part of every row."""
 
-    def __init__(self, document: Tensor, split: Split, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, document: Tensor, split: Split, group: Group) -> None:
         super().__init__(document)
         self.split, self.group = split, group
 

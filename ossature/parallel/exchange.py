@@ -12,8 +12,9 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from ossature.parallel.collectives import Group, all_to_all, gather
 
 
 class Split(NamedTuple):
@@ -46,11 +47,10 @@ class Split(NamedTuple):
         return torch.cat([chunks[number] for number in self.chunks], dim=1)
 
 
-def gather_row(x: Tensor, split: Split, group: dist.ProcessGroup | None) -> Tensor:
+def gather_row(x: Tensor, split: Split, group: Group) -> Tensor:
     """The whole row of every rank's (batch, 2 * length, ...), in order: (batch, seq, ...)."""
-    parts = _Gather.apply(x.contiguous(), group)  # (ranks, batch, 2 * length, ...)
-    heads, tails = parts.split(split.length, dim=2)
-    return torch.cat([*heads, *reversed(tails.unbind())], dim=1)
+    pairs = gather(x, 1, group).split(split.length, dim=1)  # head and tail of each rank
+    return torch.cat([*pairs[0::2], *reversed(pairs[1::2])], dim=1)
 
 
 class Halo(NamedTuple):
@@ -98,80 +98,14 @@ def halo(split: Split, reach: int) -> Halo:
     )
 
 
-def exchange(x: Tensor, indices: Halo, group: dist.ProcessGroup | None) -> Tensor:
+def exchange(x: Tensor, indices: Halo, group: Group) -> Tensor:
     """(batch, 2 * length, ...) -> each chunk after its halo: (batch, 2 * (reach + length), ...)."""
     sent = x.index_select(1, indices.sent.to(x.device)).transpose(0, 1)
-    received = _AllToAll.apply(
-        sent.contiguous(), indices.received_tokens, indices.sent_tokens, group
-    )
+    received = all_to_all(sent, indices.received_tokens, indices.sent_tokens, group)
     filler = torch.zeros_like(x[:, :1])
     return torch.cat([x, received.transpose(0, 1), filler], dim=1).index_select(
         1, indices.arranged.to(x.device)
     )
-
-
-def sum_once(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over the ranks, for a loss that all of them compute and that counts once.
-
-    The gradient is not summed: every rank already has that of the one loss.
-    """
-    return _SumOnce.apply(x, group)
-
-
-class _SumOnce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return grads[0], None
-
-
-class _Gather(torch.autograd.Function):
-    """Every rank's tensor, stacked; a rank's gradient is the sum of what the ranks found for it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        ranks = dist.get_world_size(group)
-        parts = x.new_empty(ranks * len(x), *x.shape[1:])
-        _all_gather(parts, x, group=group)
-        return parts.unflatten(0, (ranks, len(x)))
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (dparts,) = grads
-        dx = dparts.new_empty(dparts.shape[1:])
-        _reduce_scatter(dx, dparts.flatten(0, 1).contiguous(), group=ctx.group)
-        return dx, None
-
-
-class _AllToAll(torch.autograd.Function):
-    """Slices of dim 0 to every rank, and from every rank; the gradient goes the way back."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup | None
-    ) -> Tensor:
-        ctx.received, ctx.sent, ctx.group = received, sent, group
-        out = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(out, x, received, sent, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (dout,) = grads
-        dx = dout.new_empty(sum(ctx.sent), *dout.shape[1:])
-        dist.all_to_all_single(dx, dout.contiguous(), ctx.sent, ctx.received, group=ctx.group)
-        return dx, None, None, None
-
-
-# torch 2.13 has new names for the same two, and warns of the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def _needed(split: Split, reach: int) -> list[list[tuple[int, int]]]:

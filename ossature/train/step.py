@@ -19,7 +19,7 @@ from ossature.config import RouterConfig
 from ossature.data.loader import Batch
 from ossature.model.moe import RouterLog, RouterStatistics
 from ossature.model.transformer import Transformer
-from ossature.parallel.exchange import sum_once
+from ossature.parallel.collectives import sum_ranks
 from ossature.parallel.fsdp import reduce_gradients_now
 from ossature.parallel.mesh import data_rank
 from ossature.parallel.pipeline import Inputs, Loss, Pipeline
@@ -158,7 +158,7 @@ def over_the_row(log: RouterLog, mesh: DeviceMesh) -> RouterLog:
         return log
     sums = torch.stack([pack(layer) for layer in log.layers]).sum(0)
     for axis in axes:
-        sums = sum_once(sums, mesh.get_group(axis))
+        sums = sum_ranks(sums, mesh.get_group(axis))
     whole = RouterLog()
     whole.layers.append(unpack(sums))
     return whole

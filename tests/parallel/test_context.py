@@ -9,9 +9,12 @@ from ossature.kernels.chunk_attention import chunk_attention
 from ossature.model.attention import attend, attention_mask
 from ossature.parallel import context, exchange
 from ossature.parallel.exchange import Split
+from tests.parallel.parity import Layout, largest, worst
 from tests.ranks import run_ranks
 
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
+NOWHERE = dist.ProcessGroup(0, 2)
+"""For layouts that do not communicate."""
 
 
 def documents(seq: int) -> torch.Tensor:
@@ -40,20 +43,19 @@ def whole_rows(seq: int, window: int | None) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
 
+def shortened(split: Split, reach: int) -> exchange.Halo:
+    """Without the oldest token of each halo: the filler stands in its place."""
+    whole = exchange.halo(split, reach)
+    tokens = whole.arranged.unflatten(0, (2, -1)).clone()
+    tokens[:, 0] = 2 * split.length + sum(whole.received_tokens)
+    return whole._replace(arranged=tokens.flatten())
+
+
 def _split_attention(rank: int, world: int, cases: list, fault: str = "") -> list[list]:
     found = []
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
     if fault == "a halo one token short":
-        whole_halo = context.halo
-        context.halo = lambda split, reach: whole_halo(split, reach)._replace(
-            arranged=whole_halo(split, reach)
-            .arranged.clone()
-            .index_fill(
-                0,
-                torch.tensor([0, reach + split.length]),
-                2 * split.length + sum(whole_halo(split, reach).received_tokens),
-            )
-        )
+        context.halo = shortened
     if fault == "no sinks":
         context.chunk_attention = lambda q, k, v, sinks, pieces: chunk_attention(
             q, k, v, sinks * 0 - 100, pieces
@@ -127,7 +129,7 @@ def test_the_parts_of_a_long_row_take_memory_in_proportion_to_it():
     """No table of 131,072 tokens grows with the square of the row, on any of 8 ranks."""
     document = torch.zeros(1, 131_072, dtype=torch.int64)
     for rank in (0, 7):
-        layout = context.SplitLayout(document, Split(rank, 8, 131_072), group=None)
+        layout = context.SplitLayout(document, Split(rank, 8, 131_072), NOWHERE)
         assert layout.pieces.numel() == 8
         band = layout.band(128, torch.float32)
         assert band.numel() <= (2 * 8_192 + 2 * 128 + 128) * 256
@@ -144,8 +146,50 @@ def test_the_mask_for_flex_attention_shows_what_the_eager_mask_shows(window):
     true = attend(q, k, v, sinks=sinks, mask=attention_mask(documents(seq), window))
     for rank in range(2):
         split = Split(rank, 2, seq)
-        layout = context.SplitLayout(documents(seq), split, group=None)
+        layout = context.SplitLayout(documents(seq), split, NOWHERE)
         keys = torch.arange(seq) if window is None else exchange.halo(split, window - 1).places
         mine = [x[:, keys.clamp(min=0)] for x in (k, v)]
         out = flex_attend(split.cut(q), *mine, sinks=sinks, block_mask=layout.block_mask(window))
         torch.testing.assert_close(out, split.cut(true), atol=2e-6, rtol=1e-5)
+
+
+def assert_equal(world: int, *axes: dict, **changes) -> None:
+    """Loss, router loss, norm, counts and gradients of a model; weights after two steps."""
+    for errors in worst(world, [Layout(given, changes=changes) for given in axes]):
+        assert largest(errors) < (2e-5, "")
+
+
+def test_a_model_on_split_rows_finds_the_numbers_of_one_process():
+    """Packed documents, ragged masks; at cp 4 chunks of 4 tokens and a window of 7."""
+    assert_equal(2, {"cp": 2})
+    assert_equal(4, {"cp": 4}, {"cp": 2, "dp_shard": 2})
+
+
+@pytest.mark.slow
+def test_split_rows_go_with_every_other_axis():
+    axes = [{"dp_replicate": 2, "dp_shard": 1}, {"tp": 2}, {"ep": 2}, {"tp": 2, "ep": 2, "etp": 2}]
+    assert_equal(4, *({"cp": 2, **given} for given in axes), {"cp": 4, "ep": 4})
+    assert_equal(8, {"cp": 2, "dp_replicate": 2, "ep": 2}, {"cp": 4, "tp": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_split_rows_go_with_recomputation(mode):
+    assert_equal(2, {"cp": 2}, recompute=mode)
+
+
+def _plant(fault: str, patch: pytest.MonkeyPatch) -> None:
+    if fault == "no sinks":
+        plain = context.window_attention
+        patch.setattr(
+            context, "window_attention", lambda q, k, v, s, mask: plain(q, k, v, s * 0 - 100, mask)
+        )
+    if fault == "a halo one token short":
+        patch.setattr(context, "halo", shortened)
+
+
+@pytest.mark.parametrize("fault", ["no sinks", "a halo one token short"])
+def test_the_comparison_of_models_sees_the_fault(fault):
+    (errors,) = worst(2, [Layout({"cp": 2}, fault=fault)], _plant)
+    assert errors["gradients blocks.0.attention.sinks.weight"] > 1e-3
+    assert errors["loss"] > 1e-5

@@ -32,7 +32,6 @@ def assert_equal(world: int, *axes: dict, shape: ModelConfig = DEEP, **changes) 
     for errors in worst(world, [Layout(given, shape, changes) for given in axes]):
         weights = {name: e for name, e in errors.items() if name.startswith("weights ")}
         others = {name: e for name, e in errors.items() if name not in weights}
-        print(largest(others), largest(weights))
         assert largest(others) < (1e-5, "")
         # AdamW divides by the gradient: where that is nearly zero, its error is what counts.
         assert largest(weights) < (2e-4, "")
