@@ -227,6 +227,8 @@ def introduction(parts: Parts) -> Iterator[str]:
     assert mesh.mesh_dim_names is not None
     axes = {name: mesh[name].size() for name in mesh.mesh_dim_names if mesh[name].size() > 1}
     layout = " x ".join(f"{name} {size}" for name, size in axes.items()) or "one rank"
+    borrowed = {"ep": config.parallel.ep, "etp": config.parallel.etp}
+    layout += "".join(f", {name} {size}" for name, size in borrowed.items() if size > 1)
     yield (
         f"model {config.model}: {parameters(shape):,} parameters, {active_parameters(shape):,} "
         f"active; {parts.origin}"
