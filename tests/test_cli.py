@@ -13,7 +13,8 @@ import pytest
 from ossature import cli
 from tests.golden import ROOT
 
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "OSSATURE_TRACEBACK"}
+UNSET = ("OSSATURE_TRACEBACK", "PYTHONUNBUFFERED")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in UNSET}
 
 
 def ossature(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -167,7 +168,7 @@ def test_a_reader_that_goes_away_is_no_error():
     """`ossature --help | true`"""
     child = subprocess.Popen(
         [sys.executable, "-m", "ossature", "--help"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdout is not None and child.stderr is not None
     child.stdout.close()
