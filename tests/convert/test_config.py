@@ -156,6 +156,15 @@ BAD = {
     "layers": ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
     "a word": ({"layer_types": ["linear"] * 3}, "layer_types must be a list of sliding"),
     "heads": ({"num_key_value_heads": 4}, "num_key_value_heads (4) must divide"),
+    "no key-value heads": ({"num_key_value_heads": 0}, "num_key_value_heads (0) must be at least"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads (0) must be at least 1"),
+    "no types": ({"layer_types": []}, "layer_types has 0 entries"),
+    "a rope list": ({"rope_scaling": [1, 2]}, "rope_scaling ([1, 2]) must be a table"),
+    "a rope word": ({"rope_parameters": "yarn"}, 'rope_parameters ("yarn") must be a table'),
+    "theta 0": ({"rope_theta": 0}, "rope_theta (0.0) must be positive"),
+    "theta infinite": ({"rope_theta": float("inf")}, "rope_theta (inf) must be positive"),
+    "theta too long": ({"rope_theta": 10**400}, "rope_theta must be a number that a float can"),
+    "epsilon": ({"rms_norm_eps": -1e-5}, "rms_norm_eps (-1e-05) must be positive"),
     "another rope": ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type ('llama3') must be"),
     "no factor": ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling has no factor"),
     "a rope key": (
@@ -203,7 +212,26 @@ def test_a_table_of_neither_style_is_refused(tmp_path: Path):
         read_config(written({"hidden_size": 64}, tmp_path))
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": "\ud800'.encode("utf-8", "replace")])
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path):
+    """Which of the two another reader takes is its own business."""
+    path = tmp_path / "config.json"
+    text = json.dumps(hugging_face_config(ODD))
+    path.write_text('{"swiglu_limit": 3.0, ' + text[1:])
+
+    with pytest.raises(ValueError, match=rf"^{path}: swiglu_limit is there twice$"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "{",
+        '{"head_dim": ' + "9" * 5000 + "}",
+        '{"a": "\ud800'.encode("utf-8", "replace"),
+    ],
+)
 def test_a_damaged_file_is_one_line(text: str | bytes, tmp_path: Path):
     path = tmp_path / "config.json"
     path.write_bytes(text.encode() if isinstance(text, str) else text)

@@ -212,18 +212,21 @@ def test_the_reported_error_is_that_of_the_written_numbers(bf16: Path, tmp_path:
 
 
 def test_groups_that_training_left_alone_keep_their_bytes(tmp_path: Path):
-    """Of the golden model with one number changed, one group changes."""
+    """Of the golden model with two numbers changed, two groups change: one keeps its scale."""
     state = weights(golden("hf_bf16"))
-    name = "model.layers.0.mlp.experts.down_proj"
-    state[name][3, 40, 9] *= 1.01
+    name = "model.layers.0.mlp.experts.down_proj"  # (expert, in, out)
+    state[name][3, 32:64, 9] *= -1.0
+    state[name][5, 0, 2] = 1000.0
     folder = edit(golden("hf_bf16"), tmp_path / "tuned", **{name: state[name]})
     convert(folder, tmp_path / "out", "mxfp4", scales=open_source(golden("hf_mxfp4")))
     ours, reference = weights(tmp_path / "out"), weights(golden("hf_mxfp4"))
+    blocks, scales = f"{name}_blocks", f"{name}_scales"
 
-    changed = torch.zeros_like(reference[f"{name}_scales"], dtype=torch.bool)
-    changed[3, 9, 1] = True  # expert, row, the group of input 40
-    assert not (ours[f"{name}_blocks"] != reference[f"{name}_blocks"]).any(-1)[~changed].any()
-    for other in reference.keys() - {f"{name}_blocks", f"{name}_scales"}:
+    changed = (ours[blocks] != reference[blocks]).any(-1)
+    assert changed.nonzero().tolist() == [[3, 9, 1], [5, 2, 0]]
+    assert torch.equal(ours[blocks][3, 9, 1], reference[blocks][3, 9, 1] ^ 0x88)
+    assert (ours[scales] != reference[scales]).nonzero().tolist() == [[5, 2, 0]]
+    for other in reference.keys() - {blocks, scales}:
         assert torch.equal(ours[other], reference[other]), other
 
 

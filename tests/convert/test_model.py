@@ -60,6 +60,12 @@ def test_a_model_that_lacks_a_weight_is_not_saved(bf16: Path, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_format_that_there_is_not_is_refused(bf16: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"format \('hf'\) must be one of bf16, mxfp4, openai, na"):
+        save_model(load_model(bf16), tmp_path / "out", format="hf")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_is_saved_to_a_new_folder_only(bf16: Path, tmp_path: Path):
     model = load_model(bf16)
     (tmp_path / "note.txt").touch()
