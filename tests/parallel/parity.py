@@ -5,6 +5,7 @@ packed from unequal documents, their loss masks are ragged, and router losses ar
 """
 
 import logging
+import pickle
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -192,8 +193,9 @@ def errors(found: Found, true: Found) -> dict[str, float]:
 
 
 def _compare(
-    rank: int, world: int, layouts: list[Layout], true: dict[ModelConfig, Found], plant
+    rank: int, world: int, layouts: list[Layout], pickled: bytes, plant
 ) -> list[dict[str, float]]:
+    true: dict[ModelConfig, Found] = pickle.loads(pickled)
     results = []
     for layout in layouts:
         with pytest.MonkeyPatch.context() as patch:
@@ -209,7 +211,8 @@ def worst(world: int, layouts: list[Layout], plant=None) -> list[dict[str, float
         plant: (fault, monkeypatch) -> what to do to the finished model, or None.
     """
     true = {layout.shape: reference(layout.shape) for layout in layouts}
-    ranks = run_ranks(world, _compare, layouts, true, plant, seconds=180)
+    # As bytes: every tensor among the arguments of a process would be a file of shared memory.
+    ranks = run_ranks(world, _compare, layouts, pickle.dumps(true), plant, seconds=180)
     found = []
     for layout, results in zip(layouts, zip(*ranks, strict=True), strict=True):
         names = [f"{kind} {n}" for kind in ("gradients", "weights") for n in drawn(layout.shape)]

@@ -61,7 +61,7 @@ def test_eight_ranks_of_experts_find_what_one_process_finds():
         Layout({"dp_shard": 4, "tp": 2, "etp": 2}),
         Layout({"dp_shard": 4, "tp": 2, "ep": 2, "etp": 2}),
         Layout({"dp_replicate": 2, "dp_shard": 2, "tp": 2, "ep": 4}),
-        Layout({"dp_shard": 8, "ep": 8}, changes={"micro_batch_tokens": 32}),
+        Layout({"dp_shard": 4, "tp": 2, "ep": 8}),
         Layout({"dp_shard": 2, "tp": 4, "ep": 8}, WIDE),
         Layout({"dp_replicate": 2, "tp": 4, "ep": 2, "etp": 2}, WIDE),
     ]
