@@ -20,10 +20,14 @@ def main(argv: list[str]) -> int:
             raise
         return 2  # every rank has read the same words: one of them says so
     with StopRequest() as stop:  # from here on, before the seconds that torch takes to load
-        from ossature.train.loop import TrainingFailed, train
+        from ossature.train.loop import ConfigError, TrainingFailed, train
 
         try:
             train(config, again=_again(argv), stop=stop)
+        except ConfigError:
+            if first:
+                raise
+            return 2
         except TrainingFailed as failure:
             if first:
                 print(f"error: {failure}", file=sys.stderr)
@@ -33,5 +37,6 @@ def main(argv: list[str]) -> int:
 
 def _again(argv: list[str]) -> str:
     ranks = os.environ.get("WORLD_SIZE", "1")
-    launch = "ossature" if ranks == "1" else f"torchrun --nproc-per-node {ranks} -m ossature"
+    # Without the dashes torchrun takes our --run for one of its own options.
+    launch = "ossature" if ranks == "1" else f"torchrun --nproc-per-node {ranks} -m -- ossature"
     return f"{launch} train {shlex.join(argv)}"

@@ -40,6 +40,10 @@ class TrainingFailed(RuntimeError):
     """A run that cannot go on; the message says why, and which checkpoint is its last."""
 
 
+class ConfigError(ValueError):
+    """What every rank finds wrong alike, before the first step: one of them says it."""
+
+
 def train(
     config: TrainConfig, again: str = "the same command", stop: StopRequest | None = None
 ) -> Path | None:
@@ -50,15 +54,18 @@ def train(
         stop: asked to stop, the run saves and ends after the current step; default: never.
 
     Raises:
-        ValueError: a config that cannot work, before anything is built.
+        ConfigError: settings, corpus and checkpoint that do not fit together.
         TrainingFailed: too many steps without a finite loss and gradient.
     """
-    check_services(config)
     with ExitStack() as stack:
         stop = stop or StopRequest()
         stack.enter_context(_settings(config))
         ranks = stack.enter_context(launched())
-        parts = build(config, ranks)
+        try:
+            check_services(config)
+            parts = build(config, ranks)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         stack.enter_context(closing(parts.saver))
         progress, screen = parts.progress, Screen(config.steps, config.log.every_steps, ranks.first)
         log = None

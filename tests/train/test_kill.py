@@ -215,4 +215,17 @@ def test_torchrun_passes_the_signal_on_and_all_ranks_save(tmp_path):
     out, _err = process.communicate(timeout=60)
     last = store.newest(tmp_path)
     assert last and store.step_of(last) == len(records(tmp_path))
-    assert out.count("to go on: torchrun --nproc-per-node 2 -m ossature train") == 1
+    assert out.count("to go on: torchrun --nproc-per-node 2 -m -- ossature train") == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_say_a_mistake_once(tmp_path):
+    (tmp_path / "run.toml").write_text(f'run = "{tmp_path}/r"\n[data]\npath = "nowhere"\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "ossature", "train", str(tmp_path / "run.toml")],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "nowhere" in lines[0]
+    assert not (tmp_path / "r").exists()
