@@ -117,7 +117,7 @@ def read_header(path: Path) -> dict[str, Place]:
             )
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{path}: not a safetensors file: a header of {length} bytes")
-        table = _parse(path, file.read(length))
+        table = json_object(path, file.read(length))
     table.pop("__metadata__", None)
     places = {name: _place(path, name, entry, 8 + length) for name, entry in table.items()}
     end, before = 8 + length, "the header"
@@ -176,7 +176,7 @@ def _read_indexed(index: Path) -> dict[str, Place]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _parse(index, index.read_bytes()).get("weight_map")
+    weight_map = json_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map")
     for name, file in weight_map.items():
@@ -185,21 +185,27 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    """A JSON object none of whose keys is there twice."""
+def json_object(path: Path, text: bytes) -> dict[str, Any]:
+    """A JSON object none of whose keys is there twice.
+
+    Args:
+        path: where the text comes from, for the sentence of an error.
+    """
+    seen_twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"{path}: {twice} is there twice")
+            seen_twice.append(next(key for key in keys if keys.count(key) > 1))
         return table
 
     try:
         table = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, or a number of too many digits too
         raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if seen_twice:
+        raise ValueError(f"{path}: {seen_twice[0]} is there twice")
     if not isinstance(table, dict):
         raise ValueError(f"{path}: not a JSON object")
     return table

@@ -191,9 +191,22 @@ def _read_index(folder: Path, _time: int, _size: int) -> dcp_metadata.Metadata:
         raise ValueError(f"{path}: not an index of tensors: {error}") from None
     if not isinstance(index, dcp_metadata.Metadata) or not isinstance(index.storage_data, dict):
         raise ValueError(f"{path}: not an index of tensors")
+    try:
+        _check_index(folder, index)
+    except (AttributeError, TypeError) as error:  # a field of the pickled objects is not there
+        raise ValueError(f"{path}: not an index of tensors: {error}") from None
+    index.storage_meta = dcp_metadata.StorageMeta()
+    return index
+
+
+def _check_index(folder: Path, index: dcp_metadata.Metadata) -> None:
+    """Everything in it is a tensor whose bytes lie in a file of the folder."""
+    path = folder / INDEX
     for name, entry in index.state_dict_metadata.items():
         if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
             raise ValueError(f"{path}: {name} is not a tensor")
+        if not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"{path}: {name} has no dtype")
     sizes: dict[str, int] = {}
     for key, place in index.storage_data.items():
         if not isinstance(place, _StorageInfo):
@@ -209,8 +222,6 @@ def _read_index(folder: Path, _time: int, _size: int) -> dcp_metadata.Metadata:
             sizes[file] = (folder / file).stat().st_size
         if place.offset + place.length > sizes[file]:
             raise ValueError(f"{folder / file}: cut short within {key.fqn}")
-    index.storage_meta = dcp_metadata.StorageMeta()
-    return index
 
 
 @contextmanager
@@ -219,10 +230,25 @@ def _sentences(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as failure:
-        rank, (error, _trace) = next(iter(failure.failures.items()))
+        rank, error = first_failure(failure)
         if isinstance(error, OSError):
             raise OSError(f"{folder}: rank {rank}: {error}") from failure
+        if isinstance(error, pickle.UnpicklingError):  # torch would say how to load it all the same
+            raise ValueError(f"{folder}: the bytes of a tensor are damaged") from failure
         raise ValueError(f"{folder}: rank {rank}: {error}") from failure
+
+
+def first_failure(failure: CheckpointException) -> tuple[int, BaseException]:
+    """A rank that failed, and why.
+
+    When the disk is full torch fails once more, on closing its file: what the operating system
+    said is behind that.
+    """
+    rank, (error, _trace) = next(iter(failure.failures.items()))
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return rank, cause or error
 
 
 @contextmanager

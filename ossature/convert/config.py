@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ossature.checkpoint.safetensors import json_object
 from ossature.model.config import ModelConfig
 
 # Hugging Face key -> (field, default of GptOssConfig).
@@ -108,14 +109,8 @@ def read_config(path: Path | str) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return table
+    """A JSON object from a file, none of whose keys is there twice."""
+    return json_object(path, path.read_bytes())
 
 
 def hugging_face_config(
@@ -196,6 +191,8 @@ def _from_hugging_face(table: dict[str, Any]) -> dict[str, Any]:
     if layer_types is not None:
         if not isinstance(layer_types, list) or not set(map(str, layer_types)) <= set(_LAYERS):
             raise ValueError(f"layer_types must be a list of {' and '.join(_LAYERS)}")
+        if not layer_types:
+            raise ValueError("layer_types has 0 entries; leave it out for alternating layers")
         fields["layer_types"] = tuple(layer_types)
     fields |= _rope(table, fields["max_position_embeddings"])
     unknown = sorted(table.keys() - INERT)
@@ -218,6 +215,9 @@ def _agree(alias: str, value: Any, key: str, other: Any, table: dict[str, Any]) 
 def _rope(table: dict[str, Any], max_position: int) -> dict[str, Any]:
     """The fields rope_*; takes its keys out of the table."""
     new, old = table.pop("rope_parameters", None), table.pop("rope_scaling", None)
+    for key, rope in [("rope_parameters", new), ("rope_scaling", old)]:
+        if rope is not None and not isinstance(rope, dict):
+            raise ValueError(f"{key} ({json.dumps(rope)}) must be a table")
     if new and old and new != old:
         raise ValueError("rope_scaling contradicts rope_parameters")
     rope = dict(new or old or _ROPE_DEFAULT)
@@ -294,7 +294,10 @@ def _number(key: str, value: Any, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, allowed):
         what = "a number" if kind is float else "a whole number"
         raise ValueError(f"{key} ({json.dumps(value)}) must be {what}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise ValueError(f"{key} must be a number that a float can hold") from None
 
 
 def _whole(value: float) -> int | float:

@@ -51,6 +51,8 @@ def new_folder(folder: Path, expected_bytes: int = 0) -> Iterator[Path]:
         check_free(folder)
         partial.rename(final)  # onto an empty folder, or none
         sync(final.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
         raise

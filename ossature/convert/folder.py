@@ -11,7 +11,7 @@ from ossature.checkpoint.store import INDEX, newest
 from ossature.convert import hugging_face, original
 from ossature.convert.config import read_json
 from ossature.convert.destination import new_folder
-from ossature.convert.layout import Format, specs
+from ossature.convert.layout import TITLES, Format, specs
 from ossature.convert.native import NativeSource, balance_sentence, write_native
 from ossature.convert.source import Source
 from ossature.convert.transfer import Report, transfer
@@ -102,6 +102,8 @@ def write_folder(
         ValueError: the folder is not empty, or the format cannot hold this model.
         OSError: the disk is full, or the like.  No part is left under the folder's name.
     """
+    if format not in TITLES:
+        raise ValueError(f"format ({format!r}) must be one of {', '.join(TITLES)}")
     folder = Path(folder)
     expected = size_bytes(source, format)
     with new_folder(folder, expected) as partial:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ossature.checkpoint.safetensors import Spec
-from ossature.checkpoint.store import INDEX, list_weights, read_weight
+from ossature.checkpoint.store import INDEX, first_failure, list_weights, read_weight
 from ossature.convert.config import hugging_face_config, read_config
 from ossature.convert.hugging_face import write_json
 from ossature.convert.layout import Format
@@ -121,8 +121,7 @@ def write_native(source: Source, folder: Path, advance: Callable[[int], None]) -
         try:
             save(tensors, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as failure:  # it wraps whatever ended it, interrupts too
-            error, _trace = next(iter(failure.failures.values()))
-            raise error from failure
+            raise first_failure(failure)[1] from failure
     write_json(folder / "config.json", hugging_face_config(source.config, _dtype(source)))
 
 

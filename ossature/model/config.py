@@ -9,6 +9,7 @@ Source: openai/gpt-oss-20b `config.json`; `gpt_oss/torch/model.py` of openai/gpt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,18 @@ class ModelConfig:
                 raise ValueError(
                     f"layer_types: {word!r} is neither sliding_attention nor full_attention"
                 )
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+            "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "sliding_window",
+            "rope_original_context",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        for name in (
+            "rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow", "rms_norm_eps",
+        ):  # fmt: skip
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be positive and finite")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads ({self.num_key_value_heads}) must divide "
@@ -85,12 +98,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
-        for name in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-            "num_key_value_heads", "num_experts_per_tok", "sliding_window",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
 
     def window(self, layer: int) -> int | None:
         """Tokens a query of this layer sees, its own included; None sees the whole document."""

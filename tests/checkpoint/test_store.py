@@ -108,6 +108,24 @@ def test_what_is_no_index_is_called_so(tmp_path, junk):
         store.list_weights(tmp_path)
 
 
+def test_an_index_whose_objects_lack_a_field_is_called_so(tmp_path):
+    """As one flipped bit in the name of the field does."""
+    store.save_weights(tmp_path, {"w": torch.zeros(2)})
+    index = (tmp_path / ".metadata").read_bytes()
+    (tmp_path / ".metadata").write_bytes(index.replace(b"relative_path", b"relative_pbth"))
+    with pytest.raises(ValueError, match=r"\.metadata: not an index of tensors: .*relative_path"):
+        store.list_weights(tmp_path)
+
+
+def test_damaged_bytes_are_said_to_be_in_one_line(tmp_path):
+    """torch's own words would be how to load them all the same, and run what is in them."""
+    store.save_weights(tmp_path, {"w": torch.zeros(2)})
+    file = tmp_path / "__0_0.distcp"
+    file.write_bytes(b"\1" * file.stat().st_size)
+    with pytest.raises(ValueError, match=r": the bytes of a tensor are damaged$"):
+        store.read_weight(tmp_path, "w")
+
+
 def test_the_index_does_not_tell_where_it_was_written(tmp_path):
     store.save_weights(tmp_path / "a", {"w": torch.zeros(2)})
     assert str(tmp_path).encode() not in (tmp_path / "a" / ".metadata").read_bytes()
