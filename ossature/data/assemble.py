@@ -174,7 +174,9 @@ def _make_all(jobs: Sequence[Job], num_workers: int) -> list[Record]:
         TextColumn("{task.percentage:3.0f}%  {task.fields[rate]}"),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal  # else a file gets an empty line
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         bar = progress.add_task("tokenizing", total=sum(sizes), rate="")
         began, made = time.monotonic(), 0
         for n, record in workers.run(make, jobs, num_workers, lambda job: job.part.name):
