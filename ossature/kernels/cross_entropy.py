@@ -17,8 +17,8 @@ LossAndGradient = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 # Logits that exist at a time, in the dtype of the matrices; and those of them that are widened to
 # fp32 at a time, few enough for a CPU's cache.
-_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-_WIDE_LOGITS = {"cpu": 2**20, "cuda": 2**28}
+_CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**28}
+_WIDE_LOGITS = {"cpu": 2**19, "cuda": 2**28}
 
 
 def linear_cross_entropy(
@@ -63,9 +63,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if need_x else None
         # Summed over chunks in fp32: bf16 sums of bf16 products would lose their last bits.
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        buffer = x.new_empty(min(chunk_tokens, len(x)), len(weight))
         for start in range(0, len(x), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = x[chunk] @ weight.mT
+            logits = torch.mm(x[chunk], weight.mT, out=buffer[: len(x[chunk])])
             loss += chunk_loss(logits, targets[chunk], wide)
             if dx is not None:
                 torch.mm(logits, weight, out=dx[chunk])
