@@ -57,10 +57,12 @@ def compare(folder: Path, options: Options) -> int:
     killed, draw, kills, saving = folder / "killed", random.Random(options.seed), 0, 0
     while kills < options.kills:
         process = start(killed, options)
-        first = last_step(killed)
-        while last_step(killed) <= first and process.poll() is None:  # it has started to step
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 1.5 * seconds / options.kills))
+        # Some steps on, and then somewhere within a step or the saving after it: moments are told
+        # by steps, since a busy machine is several times slower from one minute to the next.
+        goal = last_step(killed) + draw.randint(1, max(1, options.steps // options.kills - 2))
+        while last_step(killed) < goal and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, seconds / options.steps))
         partial = list((killed / "checkpoints").glob("*.partial"))
         if process.poll() is not None:
             print("  it was done before the kill: start again with more steps")
