@@ -33,7 +33,7 @@ if len(sys.argv) > 1:
     start = time.perf_counter()
     command.convert([sys.argv[1], sys.argv[2], "--to", sys.argv[3]])
     seconds = time.perf_counter() - start
-print(before, resident("VmHWM"), seconds, time.process_time(), sep="\n")
+print(before, resident("VmHWM"), seconds, time.process_time())
 """
 
 
@@ -85,15 +85,15 @@ def main() -> int:
 def convert(source: Path, target: Path, to: str) -> tuple[float, int, float]:
     """Seconds, peak bytes above a process that has only imported, and seconds of CPU."""
     imported = int(child()[0])
-    _, peak, seconds, cpu = child(str(source), str(target), to)[-4:]
+    _, peak, seconds, cpu = child(str(source), str(target), to)
     return float(seconds), int(peak) - imported, float(cpu)
 
 
 def child(*words: str) -> list[str]:
-    """The lines that a new process prints, its four figures last."""
+    """The four figures on the last line that a new process prints."""
     command = [sys.executable, "-c", CHILD, *words]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.splitlines()
+    return done.stdout.splitlines()[-1].split()
 
 
 def files(folder: Path) -> list[Path]:
