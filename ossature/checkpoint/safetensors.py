@@ -18,6 +18,7 @@ import json
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
+SYNC_BYTES = 2**28
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -72,6 +74,8 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places = _index(folder)
+        self.once = False
+        """Nothing is read twice: let the page cache forget it at once."""
         self._handles: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -84,7 +88,10 @@ class Reader:
             row_bytes = dtype.itemsize * math.prod(shape[1:])
             shape, offset = (stop - start, *shape[1:]), offset + start * row_bytes
         out = torch.empty(shape, dtype=dtype)
-        _read_into(self._handle(file), _bytes(out), offset, f"{file}: {name}")
+        handle = self._handle(file)
+        _read_into(handle, _bytes(out), offset, f"{file}: {name}")
+        if self.once:
+            _forget(handle, offset, out.nbytes)
         return out
 
     def close(self) -> None:
@@ -257,8 +264,8 @@ class Writer:
     take the bytes in it beyond `max_shard_bytes`.  One file is `model.safetensors`; of more there
     is an index.  Within a file the wider dtype comes first, then the name.
 
-    A file is synced in the background when it is full.  Not atomic: write to a folder beside the
-    final one, then rename.
+    What is written goes to the disk in the background, SYNC_BYTES at a time, and out of the page
+    cache.  Not atomic: write to a folder beside the final one, then rename.
 
     Args:
         name_of: (number from 0, count) -> the name of a file, when there are several.
@@ -279,7 +286,8 @@ class Writer:
         self._left: dict[Path, int] = {}
         self._missing = {name: spec.num_bytes for name, spec in specs.items()}
         self._sync = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        self._syncing: list[Future[None]] = []
+        self._syncing: deque[Future[None]] = deque()
+        self._unsynced = 0
         shards = deal(specs, max_shard_bytes)
         for number, names in enumerate(shards):
             file = SINGLE if len(shards) == 1 else name_of(number, len(shards))
@@ -310,17 +318,21 @@ class Writer:
         _write(self._handles[file], data, offset + start * (len(data) // max(rows, 1)))
         self._missing[name] -= len(data)
         self._left[file] -= len(data)
+        self._unsynced += len(data)
         if not self._left[file]:
             self._syncing.append(self._sync.submit(os.fsync, self._handles[file]))
+        elif self._unsynced >= SYNC_BYTES:
+            self._unsynced = 0
+            self._syncing.append(self._sync.submit(_settle, self._handles[file]))
+        while len(self._syncing) > 2:  # a disk that is slower than we are sets the pace
+            self._syncing.popleft().result()
 
     def finish(self) -> None:
-        """Wait until all of it is on the disk."""
+        """Wait until all tensors are on the disk."""
         for name, left in self._missing.items():
             assert left == 0, f"{name}: {left} bytes were not written"
         for syncing in self._syncing:
             syncing.result()
-        if (self.folder / INDEX).is_file():
-            sync(self.folder / INDEX)
         self.close()
 
     def close(self) -> None:
@@ -344,15 +356,6 @@ def deal(specs: Mapping[str, Spec], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of a folder's files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _header(
     file: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, Place]]:
@@ -372,6 +375,22 @@ def _header(
         name: Place(file, data + table[name]["data_offsets"][0], specs[name]) for name in order
     }
     return len(text).to_bytes(8, "little") + text, places
+
+
+def _settle(handle: int) -> None:
+    """Write a file's bytes to the disk and let its memory go."""
+    os.fsync(handle)
+    _forget(handle, 0, 0)
+
+
+def _forget(handle: int, offset: int, length: int) -> None:
+    """Let the page cache drop bytes of a file; length 0 is to its end.
+
+    Pages that are used again cost less than new ones: those the system first has to clear, and a
+    virtual machine to ask its host for.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _write(handle: int, data: memoryview, offset: int) -> None:

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ossature.checkpoint.safetensors import sync
-
 
 def check_free(folder: Path) -> None:
     """Refuse a destination that something is in already.
@@ -56,3 +54,12 @@ def new_folder(folder: Path, expected_bytes: int = 0) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(folder)) from error
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of a folder's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -13,7 +13,7 @@ from ossature.convert.config import read_json
 from ossature.convert.destination import new_folder
 from ossature.convert.layout import TITLES, Format, specs
 from ossature.convert.native import NativeSource, balance_sentence, write_native
-from ossature.convert.source import Source
+from ossature.convert.source import PublishedSource, Source
 from ossature.convert.transfer import Report, transfer
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -118,6 +118,9 @@ def write_folder(
         else:
             hugging_face.write_configs(partial, source.config, format)
         name_of = original.shard_name if format == "openai" else shard_name
+        for read in (source, scales):
+            if isinstance(read, PublishedSource):
+                read.reader.once = True
         writer = Writer(partial, tensors, max_shard_bytes, name_of)
         try:
             report = transfer(source, writer, format, scales, advance)
