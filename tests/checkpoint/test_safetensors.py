@@ -300,3 +300,32 @@ def test_a_header_alone_is_read(tmp_path: Path):
     write(tmp_path, {"x": torch.zeros(3, 2, dtype=torch.bfloat16)})
 
     assert read_header(tmp_path / "model.safetensors")["x"].spec == Spec(torch.bfloat16, (3, 2))
+
+
+def test_what_is_settled_on_the_disk_meanwhile_is_all_there(tmp_path: Path, monkeypatch):
+    """Synced and forgotten every few bytes, and read by a reader that forgets too."""
+    settled: list[int] = []
+    fsync = os.fsync
+
+    def count(handle: int) -> None:
+        settled.append(handle)
+        fsync(handle)
+
+    monkeypatch.setattr(safetensors, "SYNC_BYTES", 100)
+    monkeypatch.setattr(safetensors.os, "fsync", count)
+    tensors = {name: torch.randn(10) for name in "abcdefgh"}
+    write(tmp_path, tensors, max_shard_bytes=160)
+    reader = Reader(tmp_path)
+    reader.once = True
+
+    assert_same({name: reader.read(name) for name in reader.places}, tensors)
+    assert len(settled) >= 4  # two files: each when it is full, and in between
+
+
+def test_a_sync_that_fails_in_the_background_is_an_error_of_the_writer(tmp_path, monkeypatch):
+    def fail(_handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(safetensors.os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path, {"x": torch.zeros(4)})
