@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ossature.kernels.experts import grouped_experts, sort_by_expert
+from ossature.kernels.experts import sort_by_expert
 from ossature.model.config import ModelConfig
-from ossature.model.moe import Experts, MoE, Router, RouterLog, eager_experts, swiglu
+from ossature.model.moe import Experts, MoE, Router, RouterLog, swiglu
 from ossature.train.loss import router_loss
 
 CONFIG = ModelConfig(
@@ -246,4 +246,3 @@ def test_no_expert_weight_is_copied_per_token():
         experts(x, chosen, weights).square().sum().backward()
 
     assert max(sizes) <= 64 * 3 * 24  # rows x hidden
-    assert eager_experts is not grouped_experts
