@@ -35,6 +35,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon steps the matrices of attention and experts with Muon, the rest with AdamW."""
+    states: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """How AdamW's two moments are kept: 8, 4 or 2.25 bytes a parameter."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Master weights; bf16 rounds every update stochastically and has no other copy."""
+    in_backward: bool = False
+    """Step each weight when its gradient is found, and hold no other: one rank, one micro-batch
+    a step, no clipping, weights in the precision of the computation."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 3e-5
@@ -202,11 +211,36 @@ class TrainConfig:
                 raise ValueError(f"{key} ({beta}) must be less than 1")
         if optim.schedule != "constant" and optim.min_lr > optim.lr:
             raise ValueError(f"optim.min_lr ({optim.min_lr}) must be at most optim.lr ({optim.lr})")
+        self._check_optimizer()
         if self.router.bias_update_rate and self.init is not None:
             raise ValueError(
                 f"router.bias_update_rate ({self.router.bias_update_rate}) must be 0 when init is "
                 "given: no published format has a place for the bias of a fine-tuned router"
             )
+
+    def _check_optimizer(self) -> None:
+        optim = self.optim
+        if optim.name == "muon" and optim.states == "8bit":
+            raise ValueError("optim.states (8bit) must be fp32 or bf16 when optim.name is muon")
+        if optim.weights == "bf16" and self.precision != "bf16":
+            raise ValueError(
+                f"optim.weights (bf16) must be fp32 when precision is {self.precision}"
+            )
+        if not optim.in_backward:
+            return
+        whole, micro = self.global_batch_tokens, self.micro_batch_tokens
+        wrong = [
+            (optim.clip != 0, f"optim.clip ({optim.clip}) must be 0"),
+            (optim.name == "muon", "optim.name (muon) must be adamw"),
+            (whole != micro, f"global_batch_tokens ({whole}) must be micro_batch_tokens ({micro})"),
+            (
+                optim.weights != self.precision,
+                f"optim.weights ({optim.weights}) must be precision ({self.precision})",
+            ),
+        ]
+        for is_wrong, rule in wrong:
+            if is_wrong:
+                raise ValueError(f"optim.in_backward: {rule}")
 
 
 _AT_LEAST_ONE = {

@@ -40,7 +40,7 @@ def global_norm(
             groups[None, ()].append(gradient)
     squares = []
     for (where, axes), gradients in groups.items():
-        square = _square_norm(gradients)
+        square = square_norm(gradients)
         for axis in axes:
             if where.size(axis) > 1:
                 dist.all_reduce(square, group=where.get_group(axis))
@@ -51,9 +51,13 @@ def global_norm(
     return total.sqrt().float()
 
 
-def _square_norm(gradients: list[Tensor]) -> Tensor:
+def square_norm(gradients: list[Tensor]) -> Tensor:
     """Row by row, then in fp64: one fp32 sum over millions of numbers is off by 7e-4 on CPU."""
-    rows = [torch.linalg.vector_norm(g, dim=-1).flatten() for g in gradients if g.numel()]
+    rows = [
+        torch.linalg.vector_norm(g if g.dtype == torch.float64 else g.float(), dim=-1).flatten()
+        for g in gradients
+        if g.numel()
+    ]
     if not rows:
         return torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     return torch.cat(rows).double().square().sum()

@@ -41,6 +41,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
     if config.compile:
         for block in model.blocks.values():
             block.compile()
+    if config.optim.in_backward:
+        return None  # one rank whose weights are what is computed with: nothing to gather or cast
     for root in (model,) if pipeline is None else pipeline.stages.values():
         shard(root, mesh, config.precision, experts)
     return pipeline

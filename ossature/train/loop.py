@@ -135,6 +135,9 @@ def one_step(parts: Parts, batches: list[Batch], counted: int) -> Record:
     routed = step % config.log.every_steps == 0 or bool(
         router.aux_loss or router.z_loss or router.bias_update_rate
     )
+    lr = optim.learning_rate(config.optim, step, config.steps)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = lr
     sums = accumulate(
         model,
         batches,
@@ -145,22 +148,27 @@ def one_step(parts: Parts, batches: list[Batch], counted: int) -> Record:
         log_router=routed,
         pipeline=parts.pipeline,
     )
-    scaled_norm = global_norm(parts.weights.values(), parts.mesh)
+    if parts.in_backward is None:
+        scaled_norm = global_norm(parts.weights.values(), parts.mesh)
+    else:
+        scaled_norm = parts.in_backward.norm()
     # The one time in a step that the host waits for the device.
     heads = torch.stack([sums.loss, sums.router_loss, scaled_norm])
     numbers = torch.cat([heads, sums.entropy, sums.counts.flatten()]).tolist()
     loss, router_loss, norm, *rest = numbers
     norm /= progress.loss_scale
 
-    lr = optim.learning_rate(config.optim, step, config.steps)
     progress.step = step
     progress.tokens += config.global_batch_tokens
     progress.counted_tokens += counted
     good = math.isfinite(loss) and math.isfinite(norm)
+    if not good and parts.in_backward is not None:
+        raise TrainingFailed(
+            f"step {step}: loss ({loss}) or gradient norm ({norm}) not finite, after "
+            f"optim.in_backward has stepped; last checkpoint: {newest(config.run) or 'none'}"
+        )
     if good:
         scale_and_clip(parts.weights.values(), scaled_norm, config.optim.clip, progress.loss_scale)
-        for group in parts.optimizer.param_groups:
-            group["lr"] = lr
         parts.optimizer.step()
     else:
         progress.skipped_steps += 1

@@ -1,14 +1,17 @@
-"""AdamW with two groups of parameters by name, and the learning rate of every step."""
+"""Which optimizer steps which parameters, by name, and the learning rate of every step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ossature.config import OptimConfig
+from ossature.parallel.gradients import local, square_norm
+from ossature.train.adamw import LeanAdamW
 
 
 def decays(name: str) -> bool:
@@ -17,23 +20,39 @@ def decays(name: str) -> bool:
     return not ("norm" in module or leaf.endswith("bias") or module in ("sinks", "embedding"))
 
 
-def build(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW on named parameters; moments are fp32, as the master weights are."""
-    named = [(name, p) for name, p in parameters if p.requires_grad]
-    groups = [
-        {
-            "params": [(name, p) for name, p in named if decays(name) is decay],
-            "weight_decay": config.weight_decay if decay else 0.0,
-        }
-        for decay in (True, False)
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+def is_hidden_matrix(name: str) -> bool:
+    """Weights that Muon steps: attention's and the experts' matrices."""
+    *_, module, leaf = name.split(".")
+    return (module.endswith("_proj") and leaf == "weight") or (
+        module == "experts" and leaf.endswith("weight")
     )
+
+
+def build(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The optimizer of a config on named parameters, in groups by weight decay.
+
+    torch's fused AdamW where moments and weights are fp32, else `LeanAdamW`.
+    """
+    named = [(name, p) for name, p in parameters if p.requires_grad]
+    muon = config.name == "muon"
+    groups = []
+    for decay, hidden in [(True, True), (True, False), (False, False)]:
+        chosen = [
+            (name, p)
+            for name, p in named
+            if decays(name) is decay and (muon and is_hidden_matrix(name)) is hidden
+        ]
+        group: dict[str, Any] = {"weight_decay": config.weight_decay if decay else 0.0}
+        if hidden and not muon:
+            continue
+        groups.append({"params": chosen, **group, **({"muon": True} if hidden else {})})
+    rates = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    plain = config.states == "fp32" and config.weights == "fp32" and not config.in_backward
+    if plain and not muon:
+        return torch.optim.AdamW(groups, **rates, fused=True)
+    return LeanAdamW(groups, **rates, states=config.states, seed=seed)
 
 
 def describe(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -44,7 +63,8 @@ def describe(optimizer: torch.optim.Optimizer) -> list[str]:
         for name in group["param_names"]:
             leaves[name.split(".", 2)[-1] if name.startswith("blocks.") else name] = None
         total = sum(p.numel() for p in group["params"])
-        lines.append(f"weight decay {group['weight_decay']:g}: {total:,} in {', '.join(leaves)}")
+        kind = "Muon, weight decay" if group.get("muon") else "weight decay"
+        lines.append(f"{kind} {group['weight_decay']:g}: {total:,} in {', '.join(leaves)}")
     return lines
 
 
@@ -71,15 +91,17 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of the optimizer, flat: `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`.
+    """All tensors of the optimizer, flat: `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, ...
 
-    A parameter that was never stepped has zeros, as AdamW would make them.  Rates and decays are
-    no state: they come from the config.
+    A parameter that was never stepped has zeros, as the first step would make them.  Rates and
+    decays are no state: they come from the config.
     """
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            if not optimizer.state[parameter]:
+            if isinstance(optimizer, LeanAdamW):
+                optimizer.state_of(group, parameter)
+            elif not optimizer.state[parameter]:
                 optimizer.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter, requires_grad=False),
@@ -88,3 +110,35 @@ def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             for key, tensor in optimizer.state[parameter].items():
                 tensors[f"{name}.{key}"] = tensor
     return tensors
+
+
+class InBackward:
+    """Steps every weight as soon as backward has found its gradient, and lets go of the gradient.
+
+    Only ever one gradient is held.  It cannot be clipped by the norm of all, nor skipped.
+    """
+
+    def __init__(self, optimizer: LeanAdamW) -> None:
+        self.squares: list[Tensor] = []
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                hook = self._hook(optimizer, group, name)
+                parameter.register_post_accumulate_grad_hook(hook)
+
+    def _hook(
+        self, optimizer: LeanAdamW, group: dict[str, Any], name: str
+    ) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def step(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self.squares.append(square_norm([local(parameter.grad)]))
+            optimizer.step_one(group, name, parameter)  # type: ignore[arg-type]
+            parameter.grad = None
+
+        return step
+
+    def norm(self) -> Tensor:
+        """Of all gradients since the last call; every one has been stepped already."""
+        total = torch.stack(self.squares).sum().sqrt().float()
+        self.squares.clear()
+        return total

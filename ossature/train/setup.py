@@ -33,6 +33,7 @@ from ossature.parallel.plan import parallelize
 from ossature.parallel.stages import check_pipeline
 from ossature.parallel.weights import fill, initialise
 from ossature.train import optim
+from ossature.train.adamw import LeanAdamW
 from ossature.train.evaluate import validation_loader
 from ossature.train.resume import Progress, check_config, read_state, state_text
 
@@ -50,7 +51,9 @@ class Parts:
     pipeline: Pipeline | None
     weights: dict[str, nn.Parameter]
     """The masters by name, this rank's parts: taken when nothing is gathered."""
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
+    in_backward: optim.InBackward | None
+    """What steps the weights, where that happens during backward."""
     loader: Loader
     validation: Loader | None
     tokenizer: Any
@@ -83,6 +86,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     """
     sizes = meshes.sizes(config.parallel, ranks.world)
     check_batch(config, sizes)
+    if config.optim.in_backward and ranks.world > 1:
+        raise ValueError(f"optim.in_backward: the number of ranks ({ranks.world}) must be 1")
     shape = model_config(config.model)
     meshes.check_model(config.parallel, shape, config.data.seq_len)
     data_ranks = sizes["dp_replicate"] * sizes["dp_shard"]
@@ -102,16 +107,25 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
 
     with torch.device("meta"):
         model = Transformer(shape)
+        if config.optim.weights == "bf16":
+            model.bfloat16()
     pipeline = parallelize(model, mesh, config)
     model.to_empty(device=ranks.device)
     weights = dict(model.named_parameters())
-    optimizer = optim.build(weights.items(), config.optim)
+    optimizer = optim.build(weights.items(), config.optim, config.seed)
+    in_backward = None
+    if config.optim.in_backward:
+        assert isinstance(optimizer, LeanAdamW)
+        in_backward = optim.InBackward(optimizer)
     if config.router.bias_update_rate:
         for block in model.blocks.values():
             bias = torch.zeros(shape.num_local_experts, device=ranks.device)
             block.get_submodule("moe.router").register_buffer("balance_bias", bias)
 
     saver = Saver(config.run, config.checkpoint.keep, config.checkpoint.asynchronous)
+    files = {}
+    if ranks.first:
+        files = small_files(shape, before or config.init, tokenizer, config.optim.weights)
     scale = FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
     parts = Parts(
         config=config,
@@ -121,11 +135,12 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         pipeline=pipeline,
         weights=weights,
         optimizer=optimizer,
+        in_backward=in_backward,
         loader=loader,
         validation=validation,
         tokenizer=tokenizer,
         saver=saver,
-        small_files=small_files(shape, before or config.init, tokenizer) if ranks.first else {},
+        small_files=files,
         progress=Progress(loss_scale=scale),
         data_state=loader.state(),
         origin=f"random weights, seed {config.seed}",
@@ -218,7 +233,12 @@ def tokenizer_of(config: TrainConfig) -> Any:
     return None
 
 
-def small_files(shape: ModelConfig, origin: Path | None, tokenizer: Any) -> dict[str, bytes]:
+_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def small_files(
+    shape: ModelConfig, origin: Path | None, tokenizer: Any, weights: str = "fp32"
+) -> dict[str, bytes]:
     """What makes a checkpoint a model that others can read.
 
     Args:
@@ -227,7 +247,7 @@ def small_files(shape: ModelConfig, origin: Path | None, tokenizer: Any) -> dict
     """
     carried = [] if origin is None else carried_files(resolve(origin))
     files = {file.name: file.read_bytes() for file in carried}
-    text = json.dumps(hugging_face_config(shape, dtype="float32"), indent=2) + "\n"
+    text = json.dumps(hugging_face_config(shape, dtype=_NAMES[weights]), indent=2) + "\n"
     files["config.json"] = text.encode()
     if tokenizer is not None:
         with tempfile.TemporaryDirectory() as folder:

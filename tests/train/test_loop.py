@@ -197,6 +197,8 @@ def test_metrics_have_one_line_a_step_with_these_numbers(tmp_path):
 def test_validation_is_a_fixed_set_and_pure_cross_entropy(tmp_path):
     """Bit-equal when repeated, the same on any number of ranks, and without router losses."""
     changes = {"eval__every_steps": 3, "eval__tokens": 160}  # 5 rows: not divisible by 2 or 4
+    # AdamW makes a whole step of the sign of a tiny gradient, and with it of its rounding.
+    changes["optim__eps"] = 1e-4
     train(small_run(tmp_path / "a", **changes))
     train(small_run(tmp_path / "again", **changes))
     run_ranks(4, _train, small_run(tmp_path / "ranks", **changes))
