@@ -92,6 +92,9 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.mock": ({}, True),
     "data.separate_documents": ({}, False),
     "data.seq_len": ({"micro_batch_tokens": 64}, 64),
+    "optim.name": ({}, "muon"),
+    "optim.states": ({}, "8bit"),
+    "optim.weights": ({"precision": "bf16"}, "bf16"),
     "optim.lr": ({}, 5e-3),
     "optim.min_lr": ({}, 5e-3),
     "optim.warmup_steps": ({}, 3),
@@ -241,6 +244,7 @@ def test_process_wide_switches_hold_during_the_run_and_are_set_back(tmp_path, mo
 
 ELSEWHERE = {
     "init": "tests/train/test_init.py",
+    "optim.in_backward": "tests/train/test_adamw.py",
     "recompute": "tests/parallel/test_recompute.py",
     "compile": "tests/train/test_compile.py",
     "max_skipped_steps": "tests/train/test_loop.py",
