@@ -325,5 +325,6 @@ def test_bf16_weights_are_saved_as_such(tmp_path):
     ],
 )
 def test_settings_that_cannot_be_had_together_are_refused(tmp_path, changes, words):
+    """optim.in_backward above all: it has one gradient at a time, and no second look at it."""
     with pytest.raises(ValueError, match=words):
         small_run(tmp_path, **changes)
