@@ -138,6 +138,10 @@ class LogConfig:
     tensorboard: bool = True
     wandb_project: str = ""
     """Weights & Biases project (needs ossature[wandb]); empty does not log there."""
+    wandb_entity: str = ""
+    """Whose project; empty takes the default of the account."""
+    wandb_name: str = ""
+    """Name of the run there; empty takes that of its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +152,8 @@ class TrainConfig:
     """Folder for checkpoints, metrics and the resolved copy of this config."""
     model: str = "debug"
     """"debug", "20b", "120b", or the path of a config.json."""
+    num_layers: int = 0
+    """Cuts the depth of the model, for trials; 0 takes all of its layers."""
     init: Path | None = None
     """Checkpoint to start from, in any format; none starts from random weights."""
     steps: int = 1000

@@ -44,7 +44,8 @@ class MetricsLog:
             self.wandb = _wandb().init(
                 project=config.log.wandb_project,
                 dir=str(config.run),
-                name=config.run.name,
+                name=config.log.wandb_name or config.run.name,
+                entity=config.log.wandb_entity or None,
                 config=to_json(config),
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     check_batch(config, sizes)
     if config.optim.in_backward and ranks.world > 1:
         raise ValueError(f"optim.in_backward: the number of ranks ({ranks.world}) must be 1")
-    shape = model_config(config.model)
+    shape = model_config(config.model, config.num_layers)
     meshes.check_model(config.parallel, shape, config.data.seq_len)
     data_ranks = sizes["dp_replicate"] * sizes["dp_shard"]
     each = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
@@ -196,8 +196,19 @@ def check_batch(config: TrainConfig, sizes: dict[str, int]) -> None:
         )
 
 
-def model_config(name: str) -> ModelConfig:
-    """Of a named size, or of a config.json."""
+def model_config(name: str, num_layers: int = 0) -> ModelConfig:
+    """Of a named size, or of a config.json; with its first `num_layers` layers, if not 0."""
+    shape = _whole_model_config(name)
+    if num_layers > shape.num_hidden_layers:
+        raise ValueError(
+            f"num_layers ({num_layers}) must be at most the layers of model {name} "
+            f"({shape.num_hidden_layers})"
+        )
+    layers = num_layers or shape.num_hidden_layers
+    return replace(shape, num_hidden_layers=layers, layer_types=shape.layer_types[:layers])
+
+
+def _whole_model_config(name: str) -> ModelConfig:
     if name in SIZES:
         return SIZES[name]
     path = Path(name)

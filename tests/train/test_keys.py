@@ -83,6 +83,7 @@ def same(one: Outcome, other: Outcome) -> bool:
 NEAR = {"optim__schedule": "linear"}
 WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "model": ({}, "tiny_wide"),
+    "num_layers": ({}, 1),
     "seed": ({}, 5),
     "global_batch_tokens": ({}, 256),
     "precision": ({}, "bf16"),
@@ -225,6 +226,23 @@ def test_wandb_is_asked_for_by_name_and_missed_by_name(tmp_path, monkeypatch):
     assert not (tmp_path / "r").exists()
 
 
+def test_wandb_gets_project_entity_and_name(tmp_path, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    asked = []
+    fake = SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **k: asked.append(k) or fake)
+    )
+    keys = {"log__wandb_project": "p", "log__wandb_entity": "e", "log__wandb_name": "n"}
+    train(small_run(tmp_path / "r", steps=1, **keys))
+    train(small_run(tmp_path / "s", steps=1, log__wandb_project="p"))
+    assert [(a["project"], a["entity"], a["name"]) for a in asked] == [
+        ("p", "e", "n"), ("p", None, "s"),
+    ]  # fmt: skip
+
+
 def test_process_wide_switches_hold_during_the_run_and_are_set_back(tmp_path, monkeypatch):
     seen = []
     plain = loop.accumulate
@@ -254,7 +272,7 @@ HERE = (
     "run", "micro_batch_tokens", "eval.every_steps", "eval.tokens", "sample.every_steps",
     "sample.prompts", "sample.max_new_tokens", "sample.temperature", "checkpoint.every_steps",
     "checkpoint.keep", "checkpoint.asynchronous", "log.every_steps", "log.tensorboard",
-    "log.wandb_project", "gc_every_steps", "deterministic",
+    "log.wandb_project", "log.wandb_entity", "log.wandb_name", "gc_every_steps", "deterministic",
 )  # fmt: skip
 
 
