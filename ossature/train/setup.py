@@ -24,6 +24,7 @@ from ossature.convert.folder import open_source, resolve
 from ossature.convert.source import carried_files
 from ossature.data.loader import Loader
 from ossature.data.tokenizer import load as load_tokenizer
+from ossature.model.attention import Form
 from ossature.model.config import SIZES, ModelConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel import mesh as meshes
@@ -84,15 +85,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     Raises:
         ValueError: layout, batch, corpus, checkpoint and config do not fit together.
     """
-    sizes = meshes.sizes(config.parallel, ranks.world)
-    check_batch(config, sizes)
-    if config.optim.in_backward and ranks.world > 1:
-        raise ValueError(f"optim.in_backward: the number of ranks ({ranks.world}) must be 1")
-    shape = model_config(config.model, config.num_layers)
-    meshes.check_model(config.parallel, shape, config.data.seq_len)
-    data_ranks = sizes["dp_replicate"] * sizes["dp_shard"]
-    each = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
-    check_pipeline(config, shape.num_hidden_layers, each)
+    sizes, shape = check_layout(config, ranks.world)
     before = newest(config.run)
     if before is not None:
         if not config.resume:
@@ -105,23 +98,13 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     if config.sample.every_steps and tokenizer is None:
         raise ValueError("sample.every_steps needs a corpus with a tokenizer: data.mock has none")
 
-    with torch.device("meta"):
-        model = Transformer(shape)
-        if config.optim.weights == "bf16":
-            model.bfloat16()
-    pipeline = parallelize(model, mesh, config)
-    model.to_empty(device=ranks.device)
+    model, pipeline = divided_model(config, shape, mesh, ranks.device)
     weights = dict(model.named_parameters())
     optimizer = optim.build(weights.items(), config.optim, config.seed)
     in_backward = None
     if config.optim.in_backward:
         assert isinstance(optimizer, LeanAdamW)
         in_backward = optim.InBackward(optimizer)
-    if config.router.bias_update_rate:
-        for block in model.blocks.values():
-            bias = torch.zeros(shape.num_local_experts, device=ranks.device)
-            block.get_submodule("moe.router").register_buffer("balance_bias", bias)
-
     saver = Saver(config.run, config.checkpoint.keep, config.checkpoint.asynchronous)
     files = {}
     if ranks.first:
@@ -152,6 +135,56 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     else:
         initialise(model, config.seed)
     return parts
+
+
+def check_layout(config: TrainConfig, world: int) -> tuple[dict[str, int], ModelConfig]:
+    """Ranks along every axis, and the model's shape, if this many ranks can train it so.
+
+    Raises:
+        ValueError: they cannot; one sentence with both numbers.
+    """
+    sizes = meshes.sizes(config.parallel, world)
+    check_batch(config, sizes)
+    if config.optim.in_backward and world > 1:
+        raise ValueError(f"optim.in_backward: the number of ranks ({world}) must be 1")
+    shape = model_config(config.model, config.num_layers)
+    meshes.check_model(config.parallel, shape, config.data.seq_len)
+    check_pipeline(config, shape.num_hidden_layers, micro_batches(config, sizes))
+    return sizes, shape
+
+
+def micro_batches(config: TrainConfig, sizes: dict[str, int]) -> int:
+    """Of one rank in one optimizer step."""
+    data_ranks = sizes["dp_replicate"] * sizes["dp_shard"]
+    return config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
+
+
+def whole_model(config: TrainConfig, shape: ModelConfig, **forms: Form) -> Transformer:
+    """What the run trains, before it is divided: on the meta device, without values."""
+    with torch.device("meta"):
+        model = Transformer(shape, **forms)
+        if config.optim.weights == "bf16":
+            model.bfloat16()
+    return model
+
+
+def divided_model(
+    config: TrainConfig, shape: ModelConfig, mesh: DeviceMesh, device: torch.device
+) -> tuple[Transformer, Pipeline | None]:
+    """This rank's part of the model, weights not yet filled, balancing biases at zero."""
+    model = whole_model(config, shape)
+    pipeline = parallelize(model, mesh, config)
+    model.to_empty(device=device)
+    if config.router.bias_update_rate:
+        add_balance(model, device)
+    return model, pipeline
+
+
+def add_balance(model: Transformer, device: torch.device) -> None:
+    """Give every router of the model the bias that balances its experts."""
+    for block in model.blocks.values():
+        bias = torch.zeros(model.config.num_local_experts, device=device)
+        block.get_submodule("moe.router").register_buffer("balance_bias", bias)
 
 
 def resume(parts: Parts, folder: Path) -> None:
