@@ -10,6 +10,7 @@ import torch
 from ossature.config import DataConfig, TrainConfig
 from ossature.data.loader import Batch
 from ossature.model.config import SIZES, ModelConfig
+from ossature.train.prove import packed_rows
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -66,20 +67,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def ragged_batch(rows: int, seq: int = 32, seed: int = 0, vocab: int = 96) -> Batch:
     """Rows of two documents and padding; loss masks of very unequal density."""
-    g = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, vocab, (rows, seq), generator=g)
-    document, position = torch.zeros(rows, seq).long(), torch.arange(seq).repeat(rows, 1)
-    mask = torch.zeros(rows, seq, dtype=torch.bool)
-    for row in range(rows):
-        cut = int(torch.randint(3, seq - 6, (1,), generator=g))
-        document[row, cut:] = 1
-        position[row, cut:] -= cut
-        mask[row] = torch.rand(seq, generator=g) < (0.1, 0.9, 0.4, 0.7)[row % 4]
-        mask[row, 0] = mask[row, cut] = False
-        pad = row % 3
-        if pad:
-            document[row, -pad:], mask[row, -pad:] = -1, False
-    return Batch(tokens, position, document, mask)
+    return packed_rows(rows, seq, vocab, seed=seed)
 
 
 def part(batch: Batch, start: int, end: int) -> Batch:

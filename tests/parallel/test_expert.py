@@ -8,6 +8,8 @@ import torch
 from ossature.model.transformer import Transformer
 from ossature.parallel import collectives, expert, gradients, local, plan
 from ossature.parallel.expert import AllToAll
+from ossature.train import prove
+from ossature.train import step as steps
 from tests.parallel import parity
 from tests.parallel.parity import TINY, WIDE, Layout
 from tests.parallel.test_tensor import check
@@ -167,9 +169,8 @@ def _unused(rank: int, world: int) -> tuple:
     model, mesh, config, _ = parity.built(layout, world)
     for block in model.blocks.values():
         block.moe.router.register_buffer("balance_bias", torch.tensor([50.0] * 4 + [0.0] * 4))
-    batch = parity.batches(*parity.meshes.data_rank(mesh), TINY.vocab_size)
-    sums = parity.steps.accumulate(model, batch, 10, mesh, config.router)
-    gradients = {n: parity.whole(p.grad) for n, p in model.named_parameters() if "experts" in n}
+    sums = steps.accumulate(model, parity.mine(layout, mesh), 10, mesh, config.router)
+    gradients = {n: prove.whole(p.grad) for n, p in model.named_parameters() if "experts" in n}
     return sums.counts, gradients
 
 
@@ -187,5 +188,5 @@ def _names(rank: int, world: int) -> list[str]:
 
 
 def test_names_and_shapes_of_parameters_are_those_of_the_whole_model():
-    true = [f"{name} {tuple(p.shape)}" for name, p in parity.drawn(TINY).items()]
+    true = [f"{name} {tuple(p.shape)}" for name, p in prove.drawn(TINY).items()]
     assert run_ranks(2, _names)[0] == true

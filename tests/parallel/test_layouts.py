@@ -1,18 +1,16 @@
 """Three and more axes at once against one process, and what bf16 changes."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from ossature.train import prove
 from ossature.train import step as steps
+from ossature.train.prove import whole
 from tests.parallel import parity
-from tests.parallel.parity import TINY, Layout, meshes, whole
+from tests.parallel.parity import DEEP, Layout
 from tests.parallel.test_fsdp import Communication
 from tests.parallel.test_tensor import check
 from tests.ranks import run_ranks
-
-DEEP = replace(TINY, num_hidden_layers=4, layer_types=TINY.layer_types * 2)
 
 
 @pytest.mark.slow
@@ -45,7 +43,7 @@ def _in_bf16(rank: int, world: int, axes: dict) -> tuple[float, set[torch.dtype]
     """Loss; dtypes that are added up over all ranks of a group; gradients."""
     layout = Layout(axes, changes={"precision": "bf16"})
     model, mesh, config, _ = parity.built(layout, world)
-    mine = parity.batches(*meshes.data_rank(mesh), TINY.vocab_size)
+    mine = parity.mine(layout, mesh)
     counted = steps.count(mine, False, mesh).tokens
     with Communication() as seen:
         sums = steps.accumulate(model, mine, counted, mesh, config.router)
@@ -57,10 +55,10 @@ def _in_bf16(rank: int, world: int, axes: dict) -> tuple[float, set[torch.dtype]
 @pytest.mark.parametrize("axes", [{"tp": 2, "ep": 2}, {"tp": 2, "etp": 2}])
 def test_bf16_adds_weights_gradients_up_in_fp32_and_finds_nearly_the_same(axes):
     """Nearly: rounding sends some tokens to other experts."""
-    true = parity.reference(TINY)
+    true = prove.reference(Layout().case().alone())
     for loss, added, gradients in run_ranks(2, _in_bf16, axes):
         assert added == {torch.float32}
         assert loss == pytest.approx(true.numbers["loss"], rel=2e-3)
         for name, gradient in gradients.items():
             assert gradient.dtype == torch.float32
-            assert parity.relative(gradient, true.gradients[name]) < 0.1, name
+            assert prove.relative(gradient, true.gradients[name]) < 0.1, name

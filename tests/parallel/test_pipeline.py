@@ -14,15 +14,15 @@ from ossature.model.transformer import Transformer
 from ossature.parallel.fsdp import inference
 from ossature.parallel.stages import check_pipeline, stage_layers, stages_of
 from ossature.sample.generate import generate
+from ossature.train import prove
 from ossature.train import step as steps
 from ossature.train.evaluate import validate, validation_loader
 from ossature.train.loop import train
 from tests.parallel import parity
-from tests.parallel.parity import Layout, largest, worst
+from tests.parallel.parity import DEEP, Layout, largest, worst
 from tests.ranks import run_ranks
-from tests.small_runs import SIZES, TINY, records, small_run
+from tests.small_runs import SIZES, records, small_run
 
-DEEP = replace(TINY, num_hidden_layers=6, layer_types=TINY.layer_types * 3)
 SIZES["deep"] = DEEP
 SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
 
@@ -108,7 +108,7 @@ def _evaluate(rank: int, world: int, axes: list[dict]) -> list:
 
 def test_validation_and_sampling_through_stages_say_what_one_process_says():
     alone = Transformer(DEEP)
-    alone.load_state_dict(parity.drawn(DEEP))
+    alone.load_state_dict(prove.drawn(DEEP))
     text = generate(alone, [[5, 6, 7], list(range(10, 30))], 8).tolist()
     axes = [{"pp": 2}, {"pp": 2, "pp_schedule": "ZBVZeroBubble"}, {"cp": 2}, {"tp": 2}]
     ranks = run_ranks(2, _evaluate, axes)
@@ -116,7 +116,7 @@ def test_validation_and_sampling_through_stages_say_what_one_process_says():
     for results in ranks:
         assert [result[1] for result in results] == [text] * len(axes)
         assert [result[0] for result in results] == pytest.approx([loss] * len(axes), rel=1e-5)
-    names = set(parity.drawn(DEEP))
+    names = set(prove.drawn(DEEP))
     for n in range(2):
         first, second = (set(results[n][2]) for results in ranks)
         assert first | second == names and not first & second
@@ -146,7 +146,7 @@ def test_a_run_through_stages_leaves_what_a_run_of_one_rank_leaves(tmp_path):
                 assert other[key] == pytest.approx(one[key], rel=1e-4), key
         assert other["router"] == one["router"]
     newest = store.newest(staged.run)
-    assert newest and set(store.list_weights(newest)) == set(parity.drawn(DEEP))
+    assert newest and set(store.list_weights(newest)) == set(prove.drawn(DEEP))
     run_ranks(1, _train, replace(staged, steps=5, parallel=ParallelConfig()))
     assert [record["step"] for record in records(staged.run)] == [1, 2, 3, 4, 5]
     run_ranks(2, _train, replace(staged, steps=6))

@@ -9,9 +9,11 @@ import torch
 from ossature.checkpoint.store import load_weights, read_weight, save_weights
 from ossature.model.init import initial_weight
 from ossature.parallel import weights
-from ossature.train import optim
+from ossature.train import optim, prove
+from ossature.train import step as steps
+from ossature.train.prove import whole
 from tests.parallel import parity
-from tests.parallel.parity import TINY, Layout, whole
+from tests.parallel.parity import TINY, Layout
 from tests.ranks import run_ranks
 
 ODD = replace(TINY, vocab_size=97, num_local_experts=12)
@@ -31,11 +33,11 @@ LAYOUTS = [
 
 def parts(axes: dict, world: int) -> dict[str, torch.Tensor]:
     """Weights and optimizer state of this rank, after one step."""
-    model, mesh, config, _ = parity.built(Layout(axes, ODD), world)
+    layout = Layout(axes, ODD)
+    model, mesh, config, _ = parity.built(layout, world)
     named = dict(model.named_parameters())
     optimizer = optim.build(named.items(), config.optim)
-    mine = parity.batches(*parity.meshes.data_rank(mesh), ODD.vocab_size)
-    parity.steps.accumulate(model, mine, 100, mesh, config.router)
+    steps.accumulate(model, parity.mine(layout, mesh), 100, mesh, config.router)
     optimizer.step()
     return {**named, **optim.state(optimizer)}
 
@@ -75,7 +77,7 @@ def _filled(rank: int, world: int, layouts: list[dict]) -> list[str]:
     for axes in layouts:
         model, *_ = parity.built(Layout(axes, ODD), world)
         for name, parameter in model.named_parameters():
-            if not torch.equal(whole(parameter.detach()), parity.drawn(ODD)[name]):
+            if not torch.equal(whole(parameter.detach()), prove.drawn(ODD)[name]):
                 wrong.append(f"{axes}: {name}")
         weights.initialise(model, seed=3)
         for name, parameter in model.named_parameters():

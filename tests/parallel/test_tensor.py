@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ossature.model.transformer import Transformer
 from ossature.parallel import collectives, gradients, local, sequence, tensor, vocabulary
+from ossature.train import prove
 from tests.parallel import parity
 from tests.parallel.parity import TINY, WIDE, Layout
 from tests.ranks import run_ranks
@@ -191,7 +192,7 @@ def test_logits_and_samples_are_those_of_one_process(axes):
     from ossature.sample.generate import generate
 
     model = Transformer(ODD)
-    model.load_state_dict(parity.drawn(ODD))
+    model.load_state_dict(prove.drawn(ODD))
     tokens = torch.arange(60).view(2, 30)
     true = model(tokens).detach()
     said = generate(model, tokens[:, :7], max_new_tokens=9)
