@@ -63,6 +63,56 @@ class OptimConfig:
     """Greatest global norm of the gradient; 0 does not clip."""
 
 
+LORA_TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_up", "down", "router", "embedding", "lm_head",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters of low rank on a frozen model (arXiv 2106.09685): W + scale x B @ A."""
+
+    rank: int = 0
+    """Of the adapters; 0 trains the whole model and none of the keys below counts."""
+    alpha: float = 32.0
+    """scale is alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped, in training."""
+    dora: bool = False
+    """Train the length of every row of the adapted matrices too (DoRA, arXiv 2402.09353)."""
+    rank_stabilised: bool = False
+    """scale is alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up", "down")
+    """What is adapted, by leaf name: these, and router, embedding, lm_head.  gate_up and down are
+    the experts', an adapter for each expert."""
+    base: Literal["plain", "mxfp4"] = "plain"
+    """How the experts' frozen matrices are held in memory: in the precision of the run, or packed
+    in 4.25 bits a number."""
+    quantize_base: bool = False
+    """With base = mxfp4, quantise a checkpoint that is stored otherwise; false refuses it."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout ({self.dropout}) must be at least 0 and less than 1")
+        for target in self.targets:
+            if target not in LORA_TARGETS:
+                raise ValueError(
+                    f"lora.targets: {target} matches nothing; there are {', '.join(LORA_TARGETS)}"
+                )
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets ({', '.join(self.targets)}) names one twice")
+        if self.rank and not self.targets:
+            raise ValueError(f"lora.rank ({self.rank}) needs at least one of lora.targets")
+        if self.base == "mxfp4" and not self.rank:
+            raise ValueError(
+                "lora.base = mxfp4 needs lora.rank: weights that are trained cannot be packed"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     aux_loss: float = 0.0
@@ -182,6 +232,7 @@ class TrainConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -218,6 +269,11 @@ class TrainConfig:
         if optim.schedule != "constant" and optim.min_lr > optim.lr:
             raise ValueError(f"optim.min_lr ({optim.min_lr}) must be at most optim.lr ({optim.lr})")
         self._check_optimizer()
+        if self.router.bias_update_rate and self.lora.rank:
+            raise ValueError(
+                f"router.bias_update_rate ({self.router.bias_update_rate}) must be 0 with "
+                f"lora.rank ({self.lora.rank}): the router's bias is frozen"
+            )
         if self.router.bias_update_rate and self.init is not None:
             raise ValueError(
                 f"router.bias_update_rate ({self.router.bias_update_rate}) must be 0 when init is "

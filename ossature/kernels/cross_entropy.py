@@ -27,19 +27,25 @@ def linear_cross_entropy(
     targets: Tensor,
     chunk_tokens: int | None = None,
     chunk_loss: LossAndGradient | None = None,
+    low: Tensor | None = None,
+    b: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """Sum over the counted tokens of -log softmax(x @ weight.T)[target], in fp32 (or fp64).
+
+    With an adapter the logits are gain * (x @ weight.T + low @ b.T).
 
     Args:
         x: (tokens, hidden); weight: (vocab, hidden).
         targets: (tokens,) int64; -100 is not counted.
         chunk_tokens: tokens whose logits exist at a time; default by device and vocabulary.
         chunk_loss: of a chunk; for a weight that has only some rows of the vocabulary.
+        low: (tokens, rank); b: (vocab, rank); gain: (vocab,).
     """
     if chunk_tokens is None:
         chunk_tokens = default_chunk_tokens(x.device.type, weight.shape[0])
     return _LinearCrossEntropy.apply(
-        x, weight, targets, chunk_tokens, chunk_loss or loss_and_gradient
+        x, weight, targets, chunk_tokens, chunk_loss or loss_and_gradient, low, b, gain
     )
 
 
@@ -56,32 +62,54 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         chunk_tokens: int,
         chunk_loss: LossAndGradient,
+        low: Tensor | None,
+        b: Tensor | None,
+        gain: Tensor | None,
     ) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
+        need_low, need_b, need_gain = ctx.needs_input_grad[5:]
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if need_x else None
         # Summed over chunks in fp32: bf16 sums of bf16 products would lose their last bits.
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        dlow = torch.empty_like(low) if low is not None and need_low else None
+        db = torch.zeros_like(b, dtype=wide) if b is not None and need_b else None
+        dgain = torch.zeros_like(gain, dtype=wide) if gain is not None and need_gain else None
         buffer = x.new_empty(min(chunk_tokens, len(x)), len(weight))
         for start in range(0, len(x), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = torch.mm(x[chunk], weight.mT, out=buffer[: len(x[chunk])])
+            if low is not None and b is not None:
+                logits.addmm_(low[chunk], b.mT)
+            plain = None
+            if gain is not None:
+                plain = logits.clone()
+                logits.mul_(gain)
             loss += chunk_loss(logits, targets[chunk], wide)
+            if plain is not None and gain is not None:
+                if dgain is not None:
+                    dgain += plain.mul_(logits).sum(0, dtype=wide)
+                logits.mul_(gain)
+            if dlow is not None and b is not None:
+                torch.mm(logits, b, out=dlow[chunk])
+            if db is not None and low is not None:
+                _add_outer(db, logits, low[chunk])
             if dx is not None:
                 torch.mm(logits, weight, out=dx[chunk])
             if dweight is not None:
                 _add_outer(dweight, logits, x[chunk])
-        ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
+        dweight, db, dgain = (None if y is None else y.to(x.dtype) for y in (dweight, db, dgain))
+        ctx.save_for_backward(dx, dweight, dlow, db, dgain)
         return loss
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (dloss,) = grads
-        dx, dweight = (
+        dx, dweight, *adapter = (
             None if grad is None else grad * dloss.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return dx, dweight, None, None, None
+        return dx, dweight, None, None, None, *adapter
 
 
 def loss_and_gradient(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:

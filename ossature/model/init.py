@@ -22,14 +22,34 @@ def initial_weight(config: ModelConfig, name: str, shape: tuple[int, ...], seed:
         shape: of the whole parameter, however it is sharded.
     """
     leaf = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+    if "lora_" in leaf:
+        return _initial_adapter(name, shape, seed)
     if "norm" in leaf:
         return torch.ones(shape, device="cpu")
     if leaf.endswith("bias") and leaf != "moe.router.bias":
         return torch.zeros(shape, device="cpu")
+    return _drawn(name, shape, seed).mul_(config.initializer_range)
+
+
+def _initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A is drawn as Xavier, B is zero; of the embedding, a lookup in A, it is the other way round.
+
+    A magnitude has no value of its own: see `ossature.model.lora.initial_magnitude`.
+    """
+    zero = "lora_a" if name.startswith("embedding.") else "lora_b"
+    if name.endswith(zero):
+        return torch.zeros(shape, device="cpu")
+    if name == "embedding.lora_b":
+        return _drawn(name, shape, seed)
+    assert name.endswith("lora_a"), name
+    return _drawn(name, shape, seed).mul_((2 / (shape[-2] + shape[-1])) ** 0.5)
+
+
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) == 3:
         parts = [_normal(f"{name}.{expert}", shape[1:], seed) for expert in range(shape[0])]
-        return torch.stack(parts).mul_(config.initializer_range)
-    return _normal(name, shape, seed).mul_(config.initializer_range)
+        return torch.stack(parts)
+    return _normal(name, shape, seed)
 
 
 def _normal(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

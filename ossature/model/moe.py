@@ -68,11 +68,14 @@ class Router(nn.Module):
             counted: tokens that take part in the statistics; None computes none.
         """
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        logits = F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+        logits = self.score(x.to(wide))
         chosen = self.select(logits)
         weights = logits.gather(-1, chosen).softmax(-1)
         statistics = None if counted is None else router_statistics(logits, chosen, counted)
         return chosen, weights.to(x.dtype), statistics
+
+    def score(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
     def select(self, logits: Float[Tensor, "tokens experts"]) -> Int[Tensor, "tokens k"]:
         """The balancing bias, if there is one, takes part in the choice and not in the weights."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ossature.kernels.cross_entropy import linear_cross_entropy
+from ossature.kernels.cross_entropy import LossAndGradient, linear_cross_entropy
 from ossature.kernels.norm import rms_norm
 from ossature.model.attention import Attention, Form, Layout
 from ossature.model.cache import Cache, LayerCache, Step
@@ -176,6 +176,19 @@ class Head(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch seq hidden"], targets: Int[Tensor, "batch seq"] | None
     ) -> Float[Tensor, "batch seq vocab"] | Float[Tensor, ""]:
-        if targets is None:
-            return nn.functional.linear(x, self.weight)
-        return linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def logits(self, x: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq vocab"]:
+        return nn.functional.linear(x, self.weight)
+
+    def loss(
+        self,
+        x: Float[Tensor, "batch seq hidden"],
+        targets: Int[Tensor, "batch seq"],
+        chunk_tokens: int | None = None,
+        chunk_loss: LossAndGradient | None = None,
+    ) -> Float[Tensor, ""]:
+        """As `linear_cross_entropy`, which explains the last two."""
+        return linear_cross_entropy(
+            x.flatten(0, 1), self.weight, targets.flatten(), chunk_tokens, chunk_loss
+        )
