@@ -22,7 +22,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ossature.checkpoint.store import checkpoints, save_weights
 
@@ -51,7 +50,6 @@ class Saver:
             # A group of its own: the loop goes on talking over the others meanwhile.
             self.group = dist.new_group(backend="gloo")
             self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self.stager = DefaultStager(StagingOptions(False, False, False, False))
         if dist.get_rank() == 0:
             for left in (run / "checkpoints").glob(f"*{PARTIAL}"):  # by a run that was killed
                 shutil.rmtree(left)
@@ -75,10 +73,8 @@ class Saver:
         if self.thread is None:
             self._write(step, weights, optimizer, files)
             return
-        staged = self.stager.stage({"weights": dict(weights), "optimizer": dict(optimizer)})
-        assert isinstance(staged, dict)
         self.pending = self.thread.submit(
-            self._write, step, staged["weights"], staged["optimizer"], dict(files)
+            self._write, step, _copied(weights), _copied(optimizer), dict(files)
         )
 
     def wait(self) -> None:
@@ -90,7 +86,6 @@ class Saver:
     def close(self) -> None:
         if self.thread is not None:
             self.thread.shutdown(wait=True)
-            self.stager.close()
 
     def _write(
         self,
@@ -126,6 +121,11 @@ class Saver:
                 gone = old.rename(old.with_name(old.name + PARTIAL))
                 shutil.rmtree(gone)
         dist.barrier(group=self.group)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, sharded as they were: training goes on changing the originals."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+from torch.torch_version import TorchVersion
 
 from ossature.config import TrainConfig
 from ossature.model.attention import Layout
@@ -37,6 +38,12 @@ from ossature.parallel.stages import (
     stages_per_rank,
     unpack,
 )
+
+
+SPLITS_BACKWARD = TorchVersion(torch.__version__) >= (2, 13)
+"""Whether torch can find gradients of activations first and those of weights later, as the
+zero-bubble schedules want it.  Before 2.13 that fails on custom operators, and adds up the
+gradients of operators with several outputs."""
 
 
 class Inputs(NamedTuple):
@@ -240,12 +247,18 @@ class Pipeline:
             input_args=(tokens if number == 0 else x.requires_grad_(), *along),
             output_args=(loss if number == self.count - 1 else x.requires_grad_(), *along),
             group=self.group,
+            dw_builder=None if SPLITS_BACKWARD else _whole_backward,
         )
         if self.config.parallel.pp_schedule in V_SCHEDULES:
             # torch 2.11 warms up by sending to every neighbour, and in a V one neighbour is the
             # rank itself, which gloo refuses.
             stage._get_init_p2p_neighbors_ops = list
         return stage
+
+
+def _whole_backward() -> Callable[[], None]:
+    """Asks a stage for its whole backward at once; what is left for later is nothing."""
+    return lambda: None
 
 
 def _keep_only(model: Transformer, stages: list[Stage]) -> None:
