@@ -39,8 +39,7 @@ from ossature.parallel.stages import (
     unpack,
 )
 
-
-SPLITS_BACKWARD = TorchVersion(torch.__version__) >= (2, 13)
+SPLITS_BACKWARD = TorchVersion(torch.__version__) >= "2.13"
 """Whether torch can find gradients of activations first and those of weights later, as the
 zero-bubble schedules want it.  Before 2.13 that fails on custom operators, and adds up the
 gradients of operators with several outputs."""
