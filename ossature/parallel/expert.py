@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ossature.kernels import experts as kernels
+from ossature.model.frozen_experts import FrozenExperts
 from ossature.model.moe import Experts
 from ossature.model.transformer import Transformer
-from ossature.parallel.collectives import Group, all_to_all, gather, reduce_scatter
-from ossature.parallel.local import added_once, compute_locally, split
+from ossature.parallel.collectives import Group, all_to_all, gather, reduce_scatter, sum_ranks
+from ossature.parallel.local import Use, added_once, compute_locally, split, summed
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x, chosen, weights) -> the weighted sum of each token's experts."""
@@ -32,10 +33,23 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 SPLITS = {
     "gate_up_weight": {"ep": 0, "etp": 1},  # rows alternate gate, up: a slice has whole pairs
     "gate_up_bias": {"ep": 0, "etp": 1},
+    "gate_up_blocks": {"ep": 0, "etp": 1},
+    "gate_up_scales": {"ep": 0, "etp": 2},
+    "gate_up_lora_a": {"ep": 0, "etp": None},
+    "gate_up_lora_b": {"ep": 0, "etp": 1},
+    "gate_up_lora_magnitude": {"ep": 0, "etp": 1},
     "down_weight": {"ep": 0, "etp": 2},
     "down_bias": {"ep": 0, "etp": None},
+    "down_blocks": {"ep": 0, "etp": 2},
+    "down_scales": {"ep": 0, "etp": 1},
+    "down_lora_a": {"ep": 0, "etp": 2},
+    "down_lora_b": {"ep": 0, "etp": None},
+    "down_lora_magnitude": {"ep": 0, "etp": None},
 }
 """The dim of each parameter that an axis splits."""
+
+SUMMED = ("gate_up_lora_a", "down_lora_b", "down_lora_magnitude")
+"""What ranks of etp all have whole, and of whose gradients they find terms."""
 
 
 def split_experts(model: Transformer, view: DeviceMesh) -> None:
@@ -50,11 +64,16 @@ def split_experts(model: Transformer, view: DeviceMesh) -> None:
     for block in model.blocks.values():
         experts = block.get_submodule("moe.experts")
         assert isinstance(experts, Experts)
-        number = experts.gate_up_weight.shape[0]
-        dims = {name: tuple(by[axis] for axis in axes) for name, by in SPLITS.items()}
-        split(experts, view[tuple(axes)], **dims)
-        once = {"down_bias": added_once(view.get_group("etp"))} if "etp" in axes else {}
-        compute_locally(experts, **once)
+        number = experts.gate_up_bias.shape[0]
+        names = [name for name, _ in experts.named_parameters()]
+        split(experts, view[tuple(axes)], **{n: tuple(SPLITS[n][a] for a in axes) for n in names})
+        uses: dict[str, Use] = {}
+        if "etp" in axes:
+            group = view.get_group("etp")
+            uses = dict.fromkeys(SUMMED, summed(group)) | {"down_bias": added_once(group)}
+            if isinstance(experts, FrozenExperts):
+                experts.add_squares["down"] = partial(sum_ranks, group=group)
+        compute_locally(experts, **uses)
         forward: Forward = experts.forward
         if "ep" in axes:
             forward = partial(_sent, AllToAll(view.get_group("ep"), number), forward)

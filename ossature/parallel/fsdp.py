@@ -50,12 +50,15 @@ def shard(
         # keeps them for all of its micro-batches: gathering them for each would cost as many times.
         again = where.shape[-1] > 1 and mesh["pp"].size() == 1
         again = None if module is model else again
+        # Nor is anything gained by gathering, on one rank, what is frozen: it would be there twice.
+        frozen = {p for p in module.parameters() if not p.requires_grad}
         fully_shard(
             module,
             mesh=where,
             mp_policy=policy,
             reshard_after_forward=again,
             shard_placement_fn=place,
+            ignored_params=frozen if where.shape[-1] == 1 else None,
         )
 
     where = fsdp_mesh(dense_view(mesh))

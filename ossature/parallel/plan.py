@@ -8,8 +8,9 @@ from ossature.config import TrainConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel.context import split_sequences
 from ossature.parallel.expert import split_experts
-from ossature.parallel.fsdp import shard
+from ossature.parallel.fsdp import COMPUTE_DTYPE, shard
 from ossature.parallel.mesh import dense_view, expert_view
+from ossature.parallel.packed import store_as_numbers, use_as_bytes
 from ossature.parallel.pipeline import Pipeline
 from ossature.parallel.recompute import recompute
 from ossature.parallel.tensor import split_tensors
@@ -31,13 +32,15 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
         pipeline = Pipeline(model, mesh, config)
     elif axes.cp > 1:
         split_sequences(model, mesh)
+    store_as_numbers(model, COMPUTE_DTYPE[config.precision])
     if axes.tp > 1:
         split_tensors(model, dense_view(mesh), loss_parallel=axes.loss_parallel)
     if axes.tp * axes.ep * axes.etp > 1:
         experts = expert_view(mesh, axes)
         split_experts(model, experts)
+    use_as_bytes(model)
     for block in model.blocks.values():
-        recompute(block, config.recompute)
+        recompute(block, config.recompute, dropout=config.lora.dropout > 0)
     if config.compile:
         for block in model.blocks.values():
             block.compile()

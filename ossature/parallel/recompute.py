@@ -23,21 +23,25 @@ KEPT = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
-    "ossature::experts", "ossature::full_attention", "ossature::window_attention",
+    "ossature::experts", "ossature::adapted_linear", "ossature::row_squares",
+    "ossature::full_attention", "ossature::window_attention",
     "ossature::chunk_attention", "flex_attention",
 )  # fmt: skip
 
 
-def recompute(block: nn.Module, mode: str) -> None:
+def recompute(block: nn.Module, mode: str, dropout: bool = False) -> None:
     """Make the block run its forward again in the backward pass, in place.
 
     The forward is wrapped and not the module: names of parameters stay as they are, and the hooks
     of FSDP, which gather the weights, stay outside.
+
+    Args:
+        dropout: whether the block draws random numbers, which have to be the same again.
     """
     if mode == "none":
         return
     plain = block.forward
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if mode == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 

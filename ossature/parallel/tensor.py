@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ossature.model.attention import Attention
+from ossature.model.lora import Adapted
 from ossature.model.moe import MoE
 from ossature.model.transformer import Transformer
-from ossature.parallel.local import added_once, compute_locally, split, summed
+from ossature.parallel.collectives import sum_ranks
+from ossature.parallel.local import Use, added_once, compute_locally, split, summed
 from ossature.parallel.sequence import Sequence
 from ossature.parallel.vocabulary import split_embedding, split_head
 
@@ -35,10 +37,10 @@ def split_tensors(model: Transformer, view: DeviceMesh, *, loss_parallel: bool) 
     sequence.watch(model)
     if model.embedding is not None:
         split_embedding(model.embedding, sequence)
-        _split(model.embedding, tp, weight=(0,))
+        _split(model.embedding, tp, {"weight": 0, "lora_a": 1}, sequence)
     if model.lm_head is not None:
         split_head(model.lm_head, sequence, loss_parallel)
-        _split(model.lm_head, tp, weight=(0,))
+        _split(model.lm_head, tp, ROWS, sequence)
         compute_locally(model.norm, weight=summed(sequence.group))
     for block in model.blocks.values():
         for name in ("attention_norm", "moe_norm"):
@@ -46,17 +48,16 @@ def split_tensors(model: Transformer, view: DeviceMesh, *, loss_parallel: bool) 
         attention, moe = block.get_submodule("attention"), block.get_submodule("moe")
         assert isinstance(attention, Attention) and isinstance(moe, MoE)
         _split_attention(attention, tp, sequence)
-        once = summed(sequence.group)
-        compute_locally(moe.router, weight=once, bias=once)
+        _split(moe.router, tp, {}, sequence)
         moe.register_forward_pre_hook(partial(_cut_counted, sequence))
 
 
 def _split_attention(attention: Attention, tp: DeviceMesh, sequence: Sequence) -> None:
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        _split(projection, tp, weight=(0,), bias=(0,))
-    _split(attention.sinks, tp, weight=(0,))
-    split(attention.o_proj, tp, weight=(1,))
-    compute_locally(attention.o_proj, bias=added_once(sequence.group))
+        _split(projection, tp, ROWS, sequence)
+    _split(attention.sinks, tp, ROWS, sequence)
+    columns = {"weight": 1, "lora_a": 1}
+    _split(attention.o_proj, tp, columns, sequence, bias=added_once(sequence.group))
     plain = attention.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,9 +66,26 @@ def _split_attention(attention: Attention, tp: DeviceMesh, sequence: Sequence) -
     attention.forward = forward
 
 
-def _split(module: nn.Module, mesh: DeviceMesh, **dims: tuple[int | None, ...]) -> None:
-    split(module, mesh, **dims)
-    compute_locally(module)
+ROWS = {"weight": 0, "bias": 0, "lora_b": 0, "lora_magnitude": 0}
+"""The dim that is split of a leaf's parameters, where ranks find parts of its output."""
+
+
+def _split(
+    module: nn.Module, tp: DeviceMesh, dims: dict[str, int], sequence: Sequence, **uses: Use
+) -> None:
+    """Split what `dims` names of a module's parameters; all ranks have the rest.
+
+    Each rank uses the rest on something of its own, so gradients of that are added up.
+
+    Args:
+        uses: of some of the rest, if it is another one.
+    """
+    whole = [name for name, _ in module.named_parameters() if name not in dims]
+    there = {name: (dim,) for name, dim in dims.items() if name in dict(module.named_parameters())}
+    split(module, tp, **there)
+    compute_locally(module, **(dict.fromkeys(whole, summed(sequence.group)) | uses))
+    if isinstance(module, Adapted) and dims.get("lora_a") is not None:
+        module.add_squares = partial(sum_ranks, group=sequence.group)
 
 
 def _cut_counted(sequence: Sequence, _moe: nn.Module, args: tuple[Tensor, Tensor | None]) -> Any:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ossature.kernels.cross_entropy import (
     default_chunk_tokens,
-    linear_cross_entropy,
     loss_and_gradient,
 )
 from ossature.model.transformer import Embedding, Head
@@ -29,12 +28,12 @@ from ossature.parallel.sequence import Sequence
 def split_embedding(embedding: Embedding, sequence: Sequence) -> None:
     """Make an embedding whose weight is split by rows return this rank's part of the sequence."""
     first = _part_size(embedding, sequence.group) * dist.get_rank(sequence.group)
+    plain = embedding.forward
 
     def forward(tokens: Tensor) -> Tensor:
-        weight = embedding.weight
         row = tokens - first
-        others = (row < 0) | (row >= len(weight))
-        x = F.embedding(row.masked_fill(others, 0), weight)
+        others = (row < 0) | (row >= len(embedding.weight))
+        x = plain(row.masked_fill(others, 0))
         return sequence.part(x.masked_fill(others[..., None], 0))
 
     embedding.forward = forward
@@ -55,13 +54,12 @@ def split_head(head: Head, sequence: Sequence, loss_parallel: bool) -> None:
     def forward(x: Tensor, targets: Tensor | None) -> Tensor:
         x = sequence.whole(x)
         if targets is None:
-            logits = F.linear(x, head.weight)
+            logits = head.logits(x)
             logits = F.pad(logits, (0, size - logits.shape[-1]))
             return gather_same(logits, -1, group)[..., :vocab]
-        return linear_cross_entropy(
-            x.flatten(0, 1),
-            head.weight,
-            targets.flatten(),
+        return head.loss(
+            x,
+            targets,
             default_chunk_tokens(x.device.type, size if loss_parallel else vocab),
             partial(
                 parallel_loss if loss_parallel else gathered_loss,
@@ -119,5 +117,4 @@ def _largest(x: Tensor) -> Tensor:
 
 def _part_size(module: nn.Module, group: Group) -> int:
     """Rows of the vocabulary that a rank has; the last ranks may have fewer."""
-    (weight,) = module.parameters()
-    return -(-weight.shape[0] // dist.get_world_size(group))
+    return -(-module.get_parameter("weight").shape[0] // dist.get_world_size(group))

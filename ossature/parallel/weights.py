@@ -24,6 +24,8 @@ def fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
     """
     for name, parameter in model.named_parameters():
         whole = read(name)
+        if whole.dtype == torch.uint8:
+            whole = whole.view(parameter.dtype)  # as `ossature.parallel.packed` stores bytes
         if whole.shape != parameter.shape:
             raise ValueError(
                 f"{name} has shape {tuple(whole.shape)}, the model needs {tuple(parameter.shape)}"

@@ -45,7 +45,7 @@ def build(
             if decays(name) is decay and (muon and is_hidden_matrix(name)) is hidden
         ]
         group: dict[str, Any] = {"weight_decay": config.weight_decay if decay else 0.0}
-        if hidden and not muon:
+        if not chosen:  # adapters are all matrices, for one
             continue
         groups.append({"params": chosen, **group, **({"muon": True} if hidden else {})})
     rates = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}

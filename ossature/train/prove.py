@@ -25,9 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ossature.config import ParallelConfig, TrainConfig
+from ossature.config import LoraConfig, ParallelConfig, TrainConfig
 from ossature.data.loader import Batch
 from ossature.model.config import ModelConfig
+from ossature.model.lora import adapt, init_adapters, is_adapter
 from ossature.model.moe import RouterLog
 from ossature.model.transformer import Transformer
 from ossature.parallel import mesh as meshes
@@ -73,7 +74,7 @@ class Found:
     gradients: dict[str, Tensor]
     """Of the first step, whole, before clipping; on the CPU, as are the others."""
     weights: dict[str, Tensor]
-    """After two steps."""
+    """After two steps; those that are trained."""
     biases: dict[str, Tensor]
     """That balance the experts, after the first step."""
     odd: list[str] = field(default_factory=list)
@@ -81,16 +82,22 @@ class Found:
 
 
 @cache
-def drawn(shape: ModelConfig) -> dict[str, Tensor]:
-    """Weights of a model, none of them zero or one."""
+def drawn(shape: ModelConfig, lora: LoraConfig | None = None) -> dict[str, Tensor]:
+    """Weights of a model, none of them zero or one; and of adapters, if there are any."""
     model = Transformer(shape)
     model.init_weights(5)
     g = torch.Generator().manual_seed(7)
     noise = {name: torch.randn(p.shape, generator=g) for name, p in model.named_parameters()}
-    return {
-        name: p.detach() + (0.3 if p.dim() == 1 or "bias" in name else 0.0) * noise[name]
-        for name, p in model.named_parameters()
-    }
+    for name, p in model.named_parameters():
+        p.detach().add_((0.3 if p.dim() == 1 or "bias" in name else 0.0) * noise[name])
+    if lora is not None and lora.rank:
+        adapt(model, lora)
+        init_adapters(model, seed=5)
+    for name, p in model.named_parameters():
+        if is_adapter(name):
+            more = torch.randn(p.shape, generator=g)
+            p.detach().add_((0.2 * p.detach() if name.endswith("magnitude") else 0.2) * more)
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def packed_rows(
@@ -140,7 +147,7 @@ def reference(case: Case, device: torch.device = CPU) -> Found:
     config, shape = case.config, case.shape
     model = setup.whole_model(config, shape, attention_form="eager", moe_form="eager")
     model.to_empty(device=device)
-    weights.fill(model, drawn(shape).__getitem__)
+    weights.fill(model, drawn(shape, config.lora).__getitem__)
     router, rate = config.router, config.router.bias_update_rate
     if rate:
         setup.add_balance(model, device)
@@ -182,7 +189,7 @@ def reference(case: Case, device: torch.device = CPU) -> Found:
             bias += rate * torch.sign(load.mean() - load)
         found.biases = found.biases or _whole(model.named_buffers())
     assert found is not None
-    found.weights = _whole(model.named_parameters())
+    found.weights = _whole((n, p) for n, p in model.named_parameters() if p.requires_grad)
     return found
 
 
@@ -194,7 +201,7 @@ def divided(
     mesh = meshes.build(meshes.sizes(config.parallel, world), device.type)
     meshes.check_model(config.parallel, shape, config.data.seq_len)
     model, pipeline = setup.divided_model(config, shape, mesh, device)
-    weights.fill(model, drawn(shape).__getitem__)
+    weights.fill(model, drawn(shape, config.lora).__getitem__)
     return model, mesh, pipeline
 
 
@@ -235,7 +242,7 @@ def find(
             steps.update_balance(model, sums.counts, rate)
         found.biases = found.biases or _whole(model.named_buffers())
     assert found is not None
-    found.weights = _whole(parameters.items())
+    found.weights = _whole((n, p) for n, p in parameters.items() if p.requires_grad)
     runs, most = operators.count / (len(mine) * len(model.blocks)), EXPERT_RUNS[config.recompute]
     if runs > most:
         found.odd.append(f"experts are computed {runs:g} times, not {most}")
@@ -287,10 +294,11 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = 0.0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         self.count += op is torch.ops.ossature.experts.default
+        self.count += op is torch.ops.ossature.adapted_linear.default and 0.5  # of gate_up or down
         return op(*args, **(kwargs or {}))
 
 

@@ -24,10 +24,13 @@ from ossature.convert.folder import open_source, resolve
 from ossature.convert.source import carried_files
 from ossature.data.loader import Loader
 from ossature.data.tokenizer import load as load_tokenizer
+from ossature.kernels.mxfp4 import GROUP
 from ossature.model.attention import Form
 from ossature.model.config import SIZES, ModelConfig
+from ossature.model.lora import adapt
 from ossature.model.transformer import Transformer
 from ossature.parallel import mesh as meshes
+from ossature.parallel.fsdp import COMPUTE_DTYPE
 from ossature.parallel.launch import Ranks
 from ossature.parallel.pipeline import Pipeline
 from ossature.parallel.plan import parallelize
@@ -150,7 +153,25 @@ def check_layout(config: TrainConfig, world: int) -> tuple[dict[str, int], Model
     shape = model_config(config.model, config.num_layers)
     meshes.check_model(config.parallel, shape, config.data.seq_len)
     check_pipeline(config, shape.num_hidden_layers, micro_batches(config, sizes))
+    check_lora(config, shape)
     return sizes, shape
+
+
+def check_lora(config: TrainConfig, shape: ModelConfig) -> None:
+    """Refuse a layout that adapters or a packed base do not go with."""
+    lora, axes = config.lora, config.parallel
+    if not lora.rank:
+        return
+    if lora.base == "mxfp4" and shape.intermediate_size % (GROUP * axes.etp):
+        raise ValueError(
+            f"lora.base = mxfp4 needs intermediate_size ({shape.intermediate_size}) to be a "
+            f"multiple of {GROUP} x parallel.etp ({axes.etp})"
+        )
+    if axes.pp > 1 and set(lora.targets) <= {"embedding", "lm_head"}:
+        raise ValueError(
+            f"parallel.pp ({axes.pp}): lora.targets ({', '.join(lora.targets)}) must name what "
+            "is in every block: there would be stages with nothing to train"
+        )
 
 
 def micro_batches(config: TrainConfig, sizes: dict[str, int]) -> int:
@@ -163,6 +184,8 @@ def whole_model(config: TrainConfig, shape: ModelConfig, **forms: Form) -> Trans
     """What the run trains, before it is divided: on the meta device, without values."""
     with torch.device("meta"):
         model = Transformer(shape, **forms)
+        if config.lora.rank:
+            adapt(model, config.lora, COMPUTE_DTYPE[config.precision])
         if config.optim.weights == "bf16":
             model.bfloat16()
     return model

@@ -126,7 +126,7 @@ def change_gradients(model: Transformer, change) -> None:
         part.copy_(change(part))
 
     for name, parameter in model.named_parameters():
-        if "experts" in name:
+        if "experts" in name and parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(hook)
 
 
