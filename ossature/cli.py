@@ -28,6 +28,7 @@ STAGES: dict[str, list[tuple[str, str, str]]] = {
     "Checkpoints": [
         ("convert", "ossature.convert.command:convert", "write a checkpoint in another format"),
         ("verify", "ossature.convert.verify:main", "compare two checkpoints, tensor by tensor"),
+        ("merge", "ossature.convert.merge_command:merge", "write a base with an adapter merged in"),
         ("info", "ossature.convert.info:main", "say what a checkpoint holds, and what is odd"),
     ],
     "Sampling": [

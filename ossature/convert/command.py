@@ -13,6 +13,7 @@ import tyro
 from ossature.config import parse
 
 if TYPE_CHECKING:
+    from ossature.convert.layout import Format
     from ossature.convert.transfer import Report
 
 
@@ -24,8 +25,9 @@ class ConvertOptions:
     """Checkpoint in any format (recognised), or the folder of a run (its newest checkpoint)."""
     output: tyro.conf.Positional[Path]
     """New folder; it exists when all of it is written, and not before."""
-    to: Literal["bf16", "mxfp4", "openai", "native"]
-    """bf16, mxfp4: for transformers and vLLM.  openai: OpenAI's original/.  native: to train on."""
+    to: Literal["bf16", "mxfp4", "openai", "native", "peft"]
+    """bf16, mxfp4: for transformers and vLLM.  openai: OpenAI's original/.  native: to train on.
+    peft: of a run that trained adapters, these alone."""
     max_shard_size: str = "5GB"
     """A new file begins where a tensor would take one beyond this: 5GB, 500MB, 4.5GiB."""
     source: Path | None = None
@@ -54,14 +56,17 @@ def convert(argv: list[str]) -> int:
     from ossature.convert.source import check_same_shape
 
     check_free(options.output)
+    if options.to == "peft":
+        return write_adapter(options)
+    to: Format = options.to
     source = folders.open_source(options.folder)
     scales = None if options.source is None else folders.open_source(options.source)
     if scales is not None:
         if scales.format not in ("mxfp4", "openai"):
             raise ValueError(f"{scales.folder}: source must be in MXFP4, not {scales.format}")
         check_same_shape(source, scales)
-    total = folders.size_bytes(source, options.to)
-    print(f"{source.folder}: {TITLES[source.format]} -> {TITLES[options.to]}")
+    total = folders.size_bytes(source, to)
+    print(f"{source.folder}: {TITLES[source.format]} -> {TITLES[to]}")
     start = time.monotonic()
     console = Console(stderr=True)
     columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
@@ -71,7 +76,7 @@ def convert(argv: list[str]) -> int:
         report = folders.write_folder(
             source,
             options.output,
-            options.to,
+            to,
             max_shard_bytes=max_shard_bytes,
             scales=scales,
             advance=lambda n: bar.advance(task, n),
@@ -80,6 +85,22 @@ def convert(argv: list[str]) -> int:
     for line in describe(report):
         print(line)
     print(f"{options.output}: {total / 1e9:.2f} GB in {seconds:.1f} s")
+    return 0
+
+
+def write_adapter(options: ConvertOptions) -> int:
+    from ossature.convert.adapters import is_adapter_folder, open_adapter, write_peft
+    from ossature.convert.config import read_config
+    from ossature.convert.folder import resolve
+
+    folder = resolve(options.folder)
+    if not is_adapter_folder(folder):
+        raise ValueError(f"{folder}: holds no adapter: not a run with lora.rank")
+    config = read_config(folder / "config.json")
+    adapter = open_adapter(folder, config)
+    for line in write_peft(adapter, config, options.output):
+        print(line)
+    print(f"{options.output}: adapters on {', '.join(adapter.lora.targets)} of {adapter.base}")
     return 0
 
 

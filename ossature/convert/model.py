@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ossature.checkpoint.safetensors import Spec
-from ossature.convert.folder import MAX_SHARD_BYTES, open_source, write_folder
+from ossature.convert.adapters import CONFIG as ADAPTER_CONFIG
+from ossature.convert.adapters import Adapter, open_adapter
+from ossature.convert.folder import MAX_SHARD_BYTES, open_source, resolve, write_folder
 from ossature.convert.layout import Format
 from ossature.convert.names import UnknownTensor, shapes, unknown_sentence
 from ossature.convert.native import NativeSource, balance_sentence
 from ossature.convert.source import FLOATS, missing_sentence, word
 from ossature.convert.transfer import Report, in_order, jobs
 from ossature.model.attention import Form
+from ossature.model.lora import adapt
 from ossature.model.transformer import Transformer
 
 
@@ -57,6 +61,24 @@ def load_model(
         source.close()
     model.load_state_dict(state, strict=True, assign=True)
     return model
+
+
+@torch.no_grad()
+def load_adapter(model: Transformer, folder: Path | str) -> Adapter:
+    """Put an adapter on a model, in place: PEFT's folder, or a run that trained one.
+
+    Raises:
+        UnknownTensor, ValueError: the adapter is damaged, or is not of this model.
+    """
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        folder = resolve(folder)
+    adapter = open_adapter(folder, model.config)
+    adapt(model, replace(adapter.lora, base="plain", quantize_base=False))
+    parameters = dict(model.named_parameters())
+    for name in adapter.shapes:
+        parameters[name].copy_(adapter.read(name))
+    return adapter
 
 
 def save_model(

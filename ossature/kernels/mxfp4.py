@@ -73,8 +73,9 @@ def quantize(
     largest is 4 or 6, with a scale byte in 3...252, come back bit for bit.
 
     Args:
-        scales: of the groups the weight came from.  A group all of whose numbers are exact on its
-            old scale keeps it; the others get a new one.
+        scales: of the groups the weight came from.  A group keeps its old scale where the numbers
+            are at least as near to the codes on it, above all where all of them are exact.  A
+            number that grew a little beyond 6 would double the scale of its whole group.
 
     Raises:
         ValueError: columns are no multiple of 32, or the weight has a number that is not finite.
@@ -168,7 +169,7 @@ def _encode(x: Tensor, dim: int, old: Tensor | None) -> tuple[Tensor, Tensor]:
     """Codes with their signs (as x, in uint8) and scales (size 1 at `dim`) of groups along `dim`.
 
     Args:
-        old: scales to keep where all numbers of the group are exact on them.
+        old: scales to keep where the group loses no more on them.
     """
     kind, mantissa = (torch.int16, 7) if x.dtype == torch.bfloat16 else (torch.int32, 23)
     bits = x.view(kind) & torch.iinfo(kind).max
@@ -179,13 +180,24 @@ def _encode(x: Tensor, dim: int, old: Tensor | None) -> tuple[Tensor, Tensor]:
     scale = (sixth + 0x7FFFFF) >> 23  # the exponent, and one more unless it is a power of two
     if old is not None:
         old = old.int()
-        scale = torch.where(_exact(x, bits, old, mantissa).all(dim, keepdim=True), old, scale)
+        keeps = _exact(x, bits, old, mantissa).all(dim, keepdim=True)
+        if not bool(keeps.all()):
+            keeps |= _loss(x, old, dim) <= _loss(x, scale, dim)
+        scale = torch.where(keeps, old, scale)
     nonzero = largest > 0
     if bool(((scale < 3) & nonzero).any()):
         codes = _codes_any(x, scale)
     else:
         codes = _codes(x.view(kind), bits, torch.where(nonzero, scale, 130), mantissa)
     return codes, scale.to(torch.uint8)
+
+
+def _loss(x: Tensor, scale: Tensor, dim: int) -> Tensor:
+    """Sum of the squares of what groups lose on a scale."""
+    power = torch.exp2(scale.double() - 127)
+    codes = _codes_any(x, scale)
+    values = torch.tensor(VALUES + tuple(-v for v in VALUES), device=x.device).double()
+    return (values[codes.int()] * power - x.double()).square_().sum(dim, keepdim=True)
 
 
 def _codes(signed: Tensor, bits: Tensor, scale: Tensor, mantissa: int) -> Tensor:

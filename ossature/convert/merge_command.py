@@ -1,0 +1,97 @@
+"""`ossature merge BASE ADAPTER DST --to FORMAT`: weights with an adapter merged in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ossature.config import parse
+
+VANISHED = 0.5
+"""Share of an adapter's effect below which a merge is warned of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """Write a base model with an adapter merged in, and say what of the adapter is there."""
+
+    base: tyro.conf.Positional[Path]
+    """Checkpoint in any format, or a run: the model that the adapter was trained on."""
+    adapter: tyro.conf.Positional[Path]
+    """Adapter in PEFT's format, or a run (its newest checkpoint) that trained one."""
+    output: tyro.conf.Positional[Path]
+    """New folder; it exists when all of it is written, and not before."""
+    to: Literal["bf16", "mxfp4"] = "bf16"
+    """Both are for transformers and vLLM.  Of an adapter on experts, 4 bits keep only a part."""
+    max_shard_size: str = "5GB"
+
+
+def merge(argv: list[str]) -> int:
+    options = parse(MergeOptions, argv, prog="ossature merge")
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ossature.convert import folder as folders
+    from ossature.convert.adapters import is_adapter_folder, open_adapter, target_of
+    from ossature.convert.command import describe, size_bytes
+    from ossature.convert.destination import check_free
+    from ossature.convert.merge import Effect, MergedSource, effects
+
+    check_free(options.output)
+    most = size_bytes(options.max_shard_size)
+    base = folders.open_source(options.base)
+    given = options.adapter
+    folder = given if (given / "adapter_config.json").is_file() else folders.resolve(given)
+    if not is_adapter_folder(folder):
+        raise ValueError(f"{folder}: holds no adapter: neither PEFT's nor a run's with lora.rank")
+    adapter = open_adapter(folder, base.config)
+    merged = MergedSource(base, adapter)
+    packed = base.format in ("mxfp4", "openai")
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    found: dict[str, Effect] = {}
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("writing", total=folders.size_bytes(merged, options.to))
+        report = folders.write_folder(
+            merged, options.output, options.to, max_shard_bytes=most,
+            scales=base if packed and options.to == "mxfp4" else None,
+            advance=lambda n: bar.advance(task, n),
+        )  # fmt: skip
+        touched = [name for name in base.names() if merged.touches(name)]
+        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in map(base.spec, touched))
+        task = bar.add_task("checking", total=size)
+        for name, size, effect in effects(merged, folders.open_source(options.output)):
+            found[name] = found.get(name, Effect()).plus(effect)
+            bar.advance(task, size)
+    lora = adapter.lora
+    print(
+        f"{adapter.folder}: {'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank}, scale "
+        f"{lora.scale:g}, on {', '.join(lora.targets)}: {len(touched)} of {len(base.names())} "
+        "tensors changed, the others have the bytes they had"
+    )
+    for line in describe(report):
+        print(line)
+    for target in lora.targets:
+        parts = [effect for name, effect in found.items() if target_of(name) == target]
+        whole = Effect()
+        for part in parts:
+            whole = whole.plus(part)
+        worst = min(part.share for part in parts)
+        print(
+            f"{target}: {whole.share:.1%} of the adapter's effect is in the weights written "
+            f"(least {worst:.1%}), with an error of {whole.error:.1%} of it"
+        )
+        if whole.share < VANISHED:
+            print(
+                f"warning: {target}: most of what the adapter does is lost in {options.to}; "
+                "use --to bf16, or serve the adapter beside its base"
+            )
+    print(f"{options.output}: written")
+    return 0
