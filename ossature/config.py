@@ -227,6 +227,9 @@ class TrainConfig:
     max_skipped_steps: int = 20
     """Steps with a non-finite loss or gradient, among the last 1000, that are skipped; one more
     stops the run."""
+    timeout_seconds: int = 300
+    """Within which every rank ends, and says why, after one has died; also how long ranks wait for
+    each other at the start."""
     resume: bool = True
     """Go on from the newest checkpoint in `run`; false refuses a folder that has one."""
 
@@ -306,7 +309,8 @@ class TrainConfig:
 
 
 _AT_LEAST_ONE = {
-    "steps", "global_batch_tokens", "micro_batch_tokens", "data.seq_len", "eval.tokens",
+    "steps", "timeout_seconds", "global_batch_tokens", "micro_batch_tokens", "data.seq_len",
+    "eval.tokens",
     "log.every_steps", "sample.max_new_tokens", "parallel.pp", "parallel.dp_replicate",
     "parallel.cp", "parallel.tp", "parallel.ep", "parallel.etp",
     "parallel.pp_chunks",

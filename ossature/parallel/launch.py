@@ -1,20 +1,28 @@
-"""Ranks of a run: from torchrun's environment, or one process on its own.
+"""The process group of a run: joined at its start, watched, and left at its end.
 
 One process is a world of size 1 and goes the same way as a thousand: the rest of the code is
-written for a mesh.  SLURM and environment files set the same variables, so they need no case here.
+written for a mesh.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import Store
+
+from ossature.parallel.environment import Place, environment
+from ossature.parallel.watch import Watch, is_communication, meet
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Of one collective while all ranks are alive: one of them may write or compile meanwhile."""
 
 
 class Ranks(NamedTuple):
@@ -33,16 +41,25 @@ class Ranks(NamedTuple):
 
 
 @contextmanager
-def launched(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
+def launched(
+    timeout_seconds: int = 300, stopping: Callable[[], bool] = lambda: False
+) -> Iterator[Ranks]:
     """Join the process group of this launch and leave it at the end.
 
     CPU tensors are reduced by gloo and CUDA tensors by NCCL, in the same groups: counts live on
     the CPU and cost no synchronisation.
 
+    Args:
+        timeout_seconds: a rank that is gone, or does not come, for so long ends all of them
+            (`ossature.parallel.watch`).
+        stopping: whether this process was told to end.
+
     Raises:
         ValueError: the environment does not describe a launch.
+        OSError: the ranks did not meet, or one was lost.
     """
-    rank, local_rank, world = environment()
+    place = environment()
+    rank, local_rank, world = place[:3]
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -55,32 +72,41 @@ def launched(timeout: timedelta = timedelta(minutes=30)) -> Iterator[Ranks]:
     if dist.is_initialized():  # a test, or a caller with a launcher of its own
         yield Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
         return
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world and sys.platform == "linux":
+    if place.one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here: no name lookups
-    alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # needs no port
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=alone if world == 1 else None,
-        rank=rank if world == 1 else -1,
-        world_size=world if world == 1 else -1,
-        timeout=timeout,
-    )
+    ranks = Ranks(rank, local_rank, world, device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if world == 1:
+        alone = HashStore()  # needs no port
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+        try:
+            yield ranks
+        finally:
+            dist.destroy_process_group()
+        return
+    with _watched(place, timeout_seconds, stopping) as store:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
+        )
+        yield ranks
+        # Rank 0 may hold the store: nobody goes while another may still ask there.
+        dist.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def _watched(place: Place, timeout_seconds: int, stopping: Callable[[], bool]) -> Iterator[Store]:
+    """The store where the ranks met, while each watches another; the group is destroyed after."""
+    store = meet(place, timeout_seconds)
+    watch = Watch(place, timeout_seconds)
+    watch.start()
+    lost = False
     try:
-        yield Ranks(rank, local_rank, world, device)
+        yield store
+    except BaseException as error:
+        lost = is_communication(error)
+        watch.explain(error, stopping)
+        raise
     finally:
-        dist.destroy_process_group()
-
-
-def environment() -> tuple[int, int, int]:
-    """Rank, local rank and world size as torchrun sets them; a lone process is (0, 0, 1)."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = [name for name in names if name in os.environ]
-    if not given:
-        return 0, 0, 1
-    for name in names:
-        if not os.environ.get(name, "").isdigit():
-            raise ValueError(
-                f"{name} ({os.environ.get(name, 'not set')}) must be a whole number, since "
-                f"{given[0]} is set: launch with torchrun, or unset it"
-            )
-    return int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+        watch.leave()
+        if dist.is_initialized() and not lost:  # a group with a dead rank cannot be taken down
+            dist.destroy_process_group()

@@ -56,11 +56,12 @@ def train(
     Raises:
         ConfigError: settings, corpus and checkpoint that do not fit together.
         TrainingFailed: too many steps without a finite loss and gradient.
+        OSError: among others, when another rank is lost.
     """
     with ExitStack() as stack:
         stop = stop or StopRequest()
         stack.enter_context(_settings(config))
-        ranks = stack.enter_context(launched())
+        ranks = stack.enter_context(launched(config.timeout_seconds, lambda: stop.asked))
         try:
             check_services(config)
             parts = build(config, ranks)

@@ -4,7 +4,6 @@ import pytest
 
 from ossature.config import ParallelConfig
 from ossature.parallel import mesh as meshes
-from ossature.parallel.launch import environment
 from tests.ranks import run_ranks
 from tests.small_runs import TINY
 
@@ -96,12 +95,3 @@ def test_every_rank_reads_rows_of_its_own_and_sums_count_each_once():
     assert [r[0] for r in results] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert {r[1] for r in results} == {1 + 2 + 3 + 4}
     assert results[0][2] == (2, 2)
-
-
-def test_an_environment_that_is_half_set_is_refused(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert environment() == (0, 0, 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"RANK \(not set\) must be a whole number, since WORLD"):
-        environment()
