@@ -1,0 +1,255 @@
+"""Records of chat data, in the shapes that people keep them in -> conversations.
+
+    messages     {"messages": [{"role", "content", "thinking"?, "tool_calls"?, "channel"?}, ...],
+                  "tools"?, "reasoning_effort"?, "chat_template_kwargs"?}
+    completion   {"prompt", "completion"}, or input and output, or question and answer
+    alpaca       {"instruction", "input"?, "output"}
+    sharegpt     {"conversations": [{"from", "value"}, ...], "system"?, "tools"?}
+
+A key or role that has no place here is an error that names it: nothing is left out of training in
+silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from ossature.data.harmony import CHANNELS, Conversation, Message
+
+Shape = Literal["messages", "completion", "alpaca", "sharegpt"]
+SHAPES: tuple[Shape, ...] = ("messages", "completion", "alpaca", "sharegpt")
+PAIRS = (("prompt", "completion"), ("input", "output"), ("question", "answer"))
+SETTINGS = ("reasoning_effort", "model_identity")
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot":
+    "assistant", "model": "assistant", "chatgpt": "assistant", "system": "developer",
+    "developer": "developer", "tool": "tool", "function_response": "tool", "observation": "tool",
+}  # fmt: skip
+"""Names of roles in ShareGPT's shape."""
+
+
+def shape_of(record: dict[str, Any]) -> Shape:
+    """The shape of a record, by its keys.
+
+    Raises:
+        ValueError: it is of none.
+    """
+    if "messages" in record:
+        return "messages"
+    if "conversations" in record:
+        return "sharegpt"
+    if "instruction" in record and "output" in record:
+        return "alpaca"
+    if any(a in record and b in record for a, b in PAIRS):
+        return "completion"
+    raise ValueError(
+        f"keys {', '.join(record) or '(none)'} are of no shape we know: messages, prompt and "
+        "completion, instruction and output, or conversations"
+    )
+
+
+def conversation(record: dict[str, Any], shape: Shape, ignore: frozenset[str]) -> Conversation:
+    """One record as a conversation.
+
+    Args:
+        ignore: keys of records that say nothing about the conversation, such as an id.
+
+    Raises:
+        ValueError: a key, role or value that is not as it must be; in one sentence.
+    """
+    rest = {key: value for key, value in record.items() if key not in ignore}
+    if shape == "messages":
+        messages = list(_messages(_list(rest.pop("messages", None), "messages")))
+    elif shape == "sharegpt":
+        messages = list(_sharegpt(rest))
+    elif shape == "alpaca":
+        messages = _alpaca(rest)
+    else:
+        messages = list(_completion(rest))
+    settings = dict(rest.pop("chat_template_kwargs", None) or {})
+    settings |= {key: rest.pop(key) for key in SETTINGS if rest.get(key) is not None}
+    tools = rest.pop("tools", None) or ()
+    if isinstance(tools, str):
+        tools = json.loads(tools)
+    unknown = [key for key in rest if rest[key] is not None]
+    unknown += [key for key in settings if key not in SETTINGS]
+    if unknown:
+        raise ValueError(f"key {unknown[0]!r} has no meaning here (--ignore {unknown[0]})")
+    _check(messages)
+    return Conversation(
+        tuple(messages),
+        tuple(_tool(tool) for tool in tools),
+        **{{"model_identity": "identity"}.get(key, key): v for key, v in settings.items()},
+    )
+
+
+def _check(messages: list[Message]) -> None:
+    if not any(message.role == "assistant" for message in messages):
+        raise ValueError("no message of the assistant: there is nothing to learn")
+    for n, message in enumerate(messages):
+        if message.role == "developer" and n:
+            raise ValueError(f"message {n + 1}: instructions must be the first message")
+        if message.role == "tool" and not message.author:
+            raise ValueError(f"message {n + 1}: a tool's result before any call of a tool")
+
+
+KEYS = {
+    "role", "content", "thinking", "reasoning_content", "tool_calls", "channel", "recipient",
+    "name", "tool_call_id",
+}  # fmt: skip
+
+
+def _messages(given: list[Any]) -> Iterator[Message]:
+    called = ""
+    for n, entry in enumerate(given, 1):
+        if not isinstance(entry, dict):
+            raise ValueError(f"message {n} must be an object, not {type(entry).__name__}")
+        entry = {key: value for key, value in entry.items() if value is not None}
+        unknown = [key for key in entry if key not in KEYS]
+        if unknown:
+            raise ValueError(f"message {n}: key {unknown[0]!r} has no meaning here")
+        role = entry.get("role")
+        if role in ("system", "developer"):
+            yield Message("developer", _text(entry, n))
+        elif role == "user":
+            yield Message("user", _text(entry, n))
+        elif role == "tool":
+            name = entry.get("name") or called.removeprefix("functions.")
+            text, kind = _result(entry.get("content"), n)
+            yield Message("tool", text, author=_function(name), content_type=kind)
+        elif role == "assistant":
+            for message in _assistant(entry, n):
+                called = message.recipient or called
+                yield message
+        else:
+            raise ValueError(
+                f"message {n}: role {role!r} must be system, developer, user, assistant or tool"
+            )
+
+
+def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
+    channel = entry.get("channel", "")
+    if channel and channel not in CHANNELS:
+        raise ValueError(f"message {n}: channel {channel!r} must be {', '.join(CHANNELS)}")
+    thinking = [entry[key] for key in ("thinking", "reasoning_content") if entry.get(key)]
+    calls = entry.get("tool_calls") or []
+    content = entry.get("content") or ""
+    if content:
+        content = _text(entry, n)
+    if len(thinking) > 1:
+        raise ValueError(f"message {n}: has both thinking and reasoning_content")
+    if entry.get("recipient"):
+        yield Message("assistant", content, channel or "commentary", _function(entry["recipient"]))
+        return
+    if calls and content and thinking and not channel:
+        raise ValueError(
+            f"message {n}: content, thinking and tool_calls in one: say which channel content is in"
+        )
+    if thinking:
+        yield Message("assistant", _plain(thinking[0], n), "analysis")
+    if calls:
+        if content:  # as the published template reads it
+            yield Message("assistant", content, channel or "analysis")
+        for call in calls:
+            call = call.get("function", call)
+            arguments = call.get("arguments", {})
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            kind = call.get("content_type", "json")
+            yield Message(
+                "assistant", arguments, "commentary", _function(call["name"]), content_type=kind
+            )
+    elif content or not thinking:
+        yield Message("assistant", content, channel or "final")
+
+
+def _function(name: str) -> str:
+    """Tools live in the namespace of functions, but for those that have one of their own."""
+    return name if not name or "." in name or name in ("python", "browser") else f"functions.{name}"
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function", tool)
+    if "name" not in function:
+        raise ValueError("a tool has no name")
+    return function
+
+
+def _result(content: Any, n: int) -> tuple[str, str]:
+    """A tool's result and its type: text, or anything else as JSON."""
+    if content is None:
+        raise ValueError(f"message {n}: a tool's result has no content")
+    if isinstance(content, str):
+        return _plain(content, n), "text"
+    return json.dumps(content, ensure_ascii=False), "json"
+
+
+def _text(entry: dict[str, Any], n: int) -> str:
+    content = entry.get("content")
+    if isinstance(content, list):  # parts, as OpenAI's API has them
+        parts = [part.get("text") for part in content if part.get("type", "text") == "text"]
+        if len(parts) < len(content) or None in parts:
+            raise ValueError(f"message {n}: has content that is not text")
+        content = "".join(parts)
+    if not isinstance(content, str):
+        raise ValueError(f"message {n}: content must be a text, not {type(content).__name__}")
+    return _plain(content, n)
+
+
+def _plain(content: Any, n: int) -> str:
+    if not isinstance(content, str):
+        raise ValueError(f"message {n}: must be a text, not {type(content).__name__}")
+    for tag in ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"):
+        if tag in content:
+            raise ValueError(
+                f"message {n}: spells {tag}: analysis goes in 'thinking', the answer in 'content'"
+            )
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"message {n}: has half of a surrogate pair: no Unicode text") from None
+    return content
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{key} must be a list of messages")
+    return value
+
+
+def _sharegpt(rest: dict[str, Any]) -> Iterator[Message]:
+    given = _list(rest.pop("conversations"), "conversations")
+    system = rest.pop("system", None)
+    entries = [{"role": "developer", "content": system}] if system else []
+    for n, entry in enumerate(given, 1):
+        if not isinstance(entry, dict) or not {"from", "value"} <= set(entry):
+            raise ValueError(f"message {n} must have 'from' and 'value'")
+        unknown = [key for key in entry if key not in ("from", "value")]
+        if unknown:
+            raise ValueError(f"message {n}: key {unknown[0]!r} has no meaning here")
+        if entry["from"] not in ROLES:
+            raise ValueError(f"message {n}: 'from' {entry['from']!r} is no role we know")
+        entries.append({"role": ROLES[entry["from"]], "content": entry["value"]})
+    return _messages(entries)
+
+
+def _alpaca(rest: dict[str, Any]) -> list[Message]:
+    question, more = rest.pop("instruction"), rest.pop("input", None)
+    question = _plain(question, 1) + (f"\n\n{_plain(more, 1)}" if more else "")
+    return [Message("user", question), Message("assistant", _plain(rest.pop("output"), 2), "final")]
+
+
+def _completion(rest: dict[str, Any]) -> Iterator[Message]:
+    pairs = [(a, b) for a, b in PAIRS if a in rest and b in rest]
+    if not pairs:
+        raise ValueError(f"keys {', '.join(rest)} are no prompt and completion")
+    prompt, answer = (rest.pop(key) for key in pairs[0])
+    entries = [prompt, answer]
+    for n, role in enumerate(("user", "assistant")):
+        if not isinstance(entries[n], list):
+            entries[n] = [{"role": role, "content": entries[n]}]
+    return _messages([*entries[0], *entries[1]])
