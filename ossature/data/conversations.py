@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from ossature.data.harmony import CHANNELS, Conversation, Message
+from ossature.data.harmony import CHANNELS, IDENTITY, Conversation, Message
 
 Shape = Literal["messages", "completion", "alpaca", "sharegpt"]
 SHAPES: tuple[Shape, ...] = ("messages", "completion", "alpaca", "sharegpt")
@@ -81,7 +81,8 @@ def conversation(record: dict[str, Any], shape: Shape, ignore: frozenset[str]) -
     return Conversation(
         tuple(messages),
         tuple(_tool(tool) for tool in tools),
-        **{{"model_identity": "identity"}.get(key, key): v for key, v in settings.items()},
+        reasoning_effort=settings.get("reasoning_effort", "medium"),
+        identity=settings.get("model_identity", IDENTITY),
     )
 
 

@@ -138,13 +138,13 @@ def _message(message: Message, number: int, style: Style, last: bool) -> Iterato
         if message.recipient:
             yield piece(f" to={message.recipient}", "header")
         yield piece(CHANNEL, "header", True)
-        if message.recipient and message.content_type:
+        kind = message.content_type if message.recipient else ""
+        if kind and style == "openai":
             yield piece(f"{message.channel} ", "header")
-            if style == "openai":
-                yield piece(CONSTRAIN, "header", True)
-            yield piece(message.content_type, "header")
+            yield piece(CONSTRAIN, "header", True)
+            yield piece(kind, "header")
         else:
-            yield piece(message.channel, "header")
+            yield piece(f"{message.channel} {kind}".rstrip(), "header")
     else:
         yield piece(message.role, "start")
     yield piece(MESSAGE, "header", True)
