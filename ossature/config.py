@@ -22,6 +22,10 @@ class DataConfig:
     """Folder made by `ossature data build`, or a prefix with .bin and .idx."""
     blend: tuple[str, ...] = ()
     """Several corpora: "path path ..." or "weight path weight path ..."; instead of path."""
+    train_blend: tuple[str, ...] = ()
+    """A blend for each split, of corpora that are used whole; instead of path and blend."""
+    validation_blend: tuple[str, ...] = ()
+    test_blend: tuple[str, ...] = ()
     split: str = ""
     """Shares of the documents for training, validation, test, such as "9999,8,2"; empty takes
     the split stored in the data folder."""
@@ -31,6 +35,18 @@ class DataConfig:
     """Random tokens (Zipf) instead of a corpus; only ever when asked for here."""
     separate_documents: bool = True
     """Tokens attend within their own document only; positions restart with each."""
+
+    def check(self) -> None:
+        """Raises ValueError unless the data come from exactly one place."""
+        each = bool(self.train_blend or self.validation_blend or self.test_blend)
+        given = [self.path is not None, bool(self.blend), each, self.mock]
+        if sum(given) != 1:
+            raise ValueError(
+                "data: give exactly one of data.path, data.blend, blends for each split and "
+                f"data.mock ({sum(given)} are given)"
+            )
+        if each and self.split:
+            raise ValueError(f"data.split ({self.split}) must be empty with a blend for each split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,12 +275,7 @@ class TrainConfig:
             raise ValueError(
                 f"global_batch_tokens ({whole}) must be a multiple of micro_batch_tokens ({micro})"
             )
-        sources = (self.data.path is not None) + bool(self.data.blend) + self.data.mock
-        if sources != 1:
-            raise ValueError(
-                "data: give exactly one of data.path, data.blend and data.mock "
-                f"({sources} are given)"
-            )
+        self.data.check()
         optim = self.optim
         for key, beta in [("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2)]:
             if beta >= 1:

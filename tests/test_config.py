@@ -88,10 +88,10 @@ def test_none_is_the_absent_value():
          "data.seq_len (100)"),
         ([*BASE, "--micro_batch_tokens", "12288"], "global_batch_tokens (524288) must be "
          "a multiple of micro_batch_tokens (12288)"),
-        (["--run", "r"], "data: give exactly one of data.path, data.blend and data.mock "
-         "(0 are given)"),
-        ([*BASE, "--data.path", "p"], "data: give exactly one of data.path, data.blend and "
-         "data.mock (2 are given)"),
+        (["--run", "r"], "data: give exactly one of data.path, data.blend, blends for "
+         "each split and data.mock (0 are given)"),
+        ([*BASE, "--data.path", "p"], "data: give exactly one of data.path, data.blend, "
+         "blends for each split and data.mock (2 are given)"),
         ([*BASE, "--optim.beta2", "1"], "optim.beta2 (1.0) must be less than 1"),
         ([*BASE, "--optim.lr", "1e-6"], "optim.min_lr (3e-05) must be at most optim.lr (1e-06)"),
     ],

@@ -21,10 +21,13 @@ class Blend(NamedTuple):
     """In whole numbers; None takes the corpora in proportion to their size."""
 
 
-def parse_blend(words: Sequence[str]) -> Blend:
+def parse_blend(words: Sequence[str], key: str = "data.blend") -> Blend:
     """`path path ...` or `weight path weight path ...`; one text with spaces is taken apart.
 
     An odd number of words, or none of them in a weight's place a number: paths only.
+
+    Args:
+        key: where the words were given, for messages.
 
     Raises:
         ValueError: weights in some places only, or a weight that is not positive; names the slot.
@@ -33,18 +36,18 @@ def parse_blend(words: Sequence[str]) -> Blend:
         words = words[0].split()
     numeric = [_NUMBER.fullmatch(word) is not None for word in words[::2]]
     if not words:
-        raise ValueError("data.blend is empty: give paths, or weights and paths in turn")
+        raise ValueError(f"{key} is empty: give paths, or weights and paths in turn")
     if len(words) % 2 or not any(numeric):
         return Blend(tuple(words), None)
     if not all(numeric):
         slot = 2 * numeric.index(False)
         raise ValueError(
-            f"data.blend: slot {slot} ({words[slot]}) must be a weight, as other even slots are"
+            f"{key}: slot {slot} ({words[slot]}) must be a weight, as other even slots are"
         )
     weights = [Fraction(word) for word in words[::2]]
     for slot, weight in enumerate(weights):
         if weight <= 0:
-            raise ValueError(f"data.blend: slot {2 * slot} (weight {words[2 * slot]}) must be > 0")
+            raise ValueError(f"{key}: slot {2 * slot} (weight {words[2 * slot]}) must be > 0")
     whole = lcm(*(weight.denominator for weight in weights))
     return Blend(tuple(words[1::2]), tuple(int(weight * whole) for weight in weights))
 

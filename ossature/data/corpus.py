@@ -14,6 +14,7 @@ from ossature.data.indexed import IndexedTokens, index_path, tokens_path
 
 MANIFEST = "manifest.json"
 SAMPLE_BYTES = 2**16
+WHOLE = "whole"
 
 
 class Corpus:
@@ -66,7 +67,7 @@ def open_corpus(path: Path | str, split: str, shares: str = "") -> Corpus:
 
     Args:
         shares: such as "9999,8,2"; a prefix is split by it (empty: "9999,8,2"), a folder was split
-            when it was built and takes no other.
+            when it was built and takes no other.  "whole": a prefix is of this split as a whole.
 
     Raises:
         ValueError: nothing there, something else there, or files that contradict each other.  Mock
@@ -74,7 +75,7 @@ def open_corpus(path: Path | str, split: str, shares: str = "") -> Corpus:
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, split, shares)
+        return _open_folder(path, split, "" if shares == WHOLE else shares)
     if not index_path(path).exists() and not tokens_path(path).exists():
         if path.suffix in (".bin", ".idx") and path.is_file():
             raise ValueError(f"{path}: give the prefix {path.with_suffix('')}, without its suffix")
@@ -84,6 +85,8 @@ def open_corpus(path: Path | str, split: str, shares: str = "") -> Corpus:
             ".bin and .idx"
         )
     file = IndexedTokens(path)
+    if shares == WHOLE:
+        return Corpus(file, range(file.num_documents), split)
     return Corpus(file, split_documents(file.num_documents, shares or DEFAULT_SPLIT)[split], split)
 
 

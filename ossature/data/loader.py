@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ossature.config import DataConfig
 from ossature.data.blend import SPLITS, parse_blend, place, rows_without_repeat
-from ossature.data.corpus import open_corpus
+from ossature.data.corpus import WHOLE, open_corpus
 from ossature.data.mock import MockRows
 from ossature.data.packing import EndlessRows, OnceRows, Row, Rows, padding_row
 
@@ -104,20 +104,23 @@ class Loader:
         """Names, rows, weights (empty: by size) and fingerprints of the corpora."""
         data, length, separate = self.data, self.data.seq_len, self.data.separate_documents
         training = self.split == "train"
-        sources = (data.path is not None) + bool(data.blend) + data.mock
-        if sources != 1:
-            raise ValueError(
-                f"data: give exactly one of data.path, data.blend and data.mock ({sources} given)"
-            )
+        data.check()
         if data.mock:
             key = (SPLITS.index(self.split), self.seed if training else 0)
             mock = MockRows(self.vocab_size, length, separate, *key)
             return ["mock"], [mock], [1], [f"mock {self.vocab_size}"]
-        if data.blend:
-            paths, weights = parse_blend(data.blend)
+        blends = {
+            "train": data.train_blend, "validation": data.validation_blend, "test": data.test_blend
+        }  # fmt: skip
+        each = any(blends.values())
+        if each and not blends[self.split]:
+            raise ValueError(f"data.{self.split}_blend is empty, and other splits have a blend")
+        if data.blend or each:
+            key = f"data.{self.split}_blend" if each else "data.blend"
+            paths, weights = parse_blend(data.blend or blends[self.split], key)
         else:
             paths, weights = (str(data.path),), None
-        corpora = [open_corpus(path, self.split, data.split) for path in paths]
+        corpora = [open_corpus(path, self.split, WHOLE if each else data.split) for path in paths]
         for corpus in corpora:
             if corpus.vocab_size > self.vocab_size:
                 raise ValueError(

@@ -16,6 +16,7 @@ from ossature.config import TrainConfig, to_json
 MAY_DIFFER = (
     "run", "steps", "micro_batch_tokens", "recompute", "compile", "deterministic",
     "gc_every_steps", "max_skipped_steps", "timeout_seconds", "resume", "data.path", "data.blend",
+    "data.train_blend", "data.validation_blend", "data.test_blend",
     "eval.", "sample.", "checkpoint.", "log.", "parallel.",
 )  # fmt: skip
 """Keys that change neither what is computed, up to the order of additions, nor on which data.

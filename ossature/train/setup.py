@@ -292,7 +292,8 @@ def tokenizer_of(config: TrainConfig) -> Any:
     """The tokenizer beside the corpus (of a blend: the first); None for mock data."""
     if config.data.mock:
         return None
-    words = [config.data.path] if config.data.path else " ".join(config.data.blend).split()
+    data = config.data
+    words = [data.path] if data.path else " ".join(data.blend or data.train_blend).split()
     for path in map(Path, words):
         folder = path if path.is_dir() else path.parent
         if (folder / "tokenizer.json").is_file():

@@ -34,7 +34,8 @@ def loader(path: Path | None = None, **options: Any) -> Loader:
     data: dict[str, Any] = {"path": path, "seq_len": 8, "split": options.pop("shares", "")}
     if path is not None and path.with_suffix(".idx").exists() and not data["split"]:
         data["split"] = "1"
-    for key in ("seq_len", "blend", "mock", "separate_documents"):
+    keys = "seq_len", "blend", "mock", "separate_documents", "train_blend", "validation_blend"
+    for key in keys:
         if key in options:
             data[key] = options.pop(key)
     sizes = {"global_batch_rows": 4, "micro_batch_rows": 1, "vocab_size": 10_000}

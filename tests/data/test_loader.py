@@ -229,7 +229,7 @@ def test_training_and_validation_share_no_document(corpus):
         ),
         ({"split": "test"}, "no documents in split test"),
         ({"split": "dev"}, r"split \(dev\) must be one of train, validation, test"),
-        ({"mock": True}, "give exactly one of data.path, data.blend and data.mock"),
+        ({"mock": True}, "give exactly one of data.path, data.blend, blends for each split"),
     ],
 )
 def test_what_does_not_fit_is_refused(corpus, options, message):
@@ -240,3 +240,27 @@ def test_what_does_not_fit_is_refused(corpus, options, message):
 def test_nothing_asked_for_is_not_mock():
     with pytest.raises(ValueError, match="give exactly one of"):
         loader()
+
+
+def test_each_split_may_have_a_blend_of_its_own(tmp_path):
+    """A prefix named for a split is of that split as a whole, whatever its shares elsewhere."""
+    one = write_documents(tmp_path / "one", numbered([8, 8]))
+    two = write_documents(tmp_path / "two", numbered([8, 8], first=100))
+    three = write_documents(tmp_path / "three", numbered([16], first=200))
+    blends = {
+        "train_blend": ("3", str(one), "1", str(two)),
+        "validation_blend": (str(three), str(two)),
+    }
+    train = loader(**blends)
+    assert {token for row in rows(train, range(4)) for token in row} == {
+        *range(16), *range(100, 116),
+    }  # fmt: skip
+    assert [sum(row[0] < 100 for row in step_rows([train], n)) for n in range(3)] == [3, 3, 3]
+    seen = rows(loader(split="validation", **blends), range(1))
+    assert sorted(token for row in seen for token in row) == [*range(100, 116), *range(200, 216)]
+    with pytest.raises(ValueError, match=r"data.test_blend is empty, and other splits have"):
+        loader(split="test", **blends)
+    with pytest.raises(ValueError, match=r"data.split \(9,1\) must be empty with a blend"):
+        loader(shares="9,1", **blends)
+    with pytest.raises(ValueError, match=r"data.train_blend: slot 2"):
+        loader(train_blend=("1", str(one), "x", str(two)))

@@ -53,7 +53,7 @@ def outcome(tmp_path, corpora, capsys) -> Callable[..., Outcome]:
             "router__bias_anneal_steps": 0, "data__seq_len": 32,
         }  # fmt: skip
         both = {**base, **changes}
-        if both.get("data__blend") or both["data__mock"]:
+        if both.get("data__blend") or both.get("data__train_blend") or both["data__mock"]:
             both["data__path"] = None
         if both["data__path"] == "prefix":  # without a manifest the split is given with the run
             both["data__path"] = corpora["one"] / "train_text_document"
@@ -88,6 +88,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "global_batch_tokens": ({}, 256),
     "precision": ({}, "bf16"),
     "data.blend": ({}, "both"),
+    "data.train_blend": ({}, "both"),
     "data.split": ({"data__path": "prefix", "data__split": "8,1,1"}, "4,3,3"),
     "data.path": ({}, "two"),
     "data.mock": ({}, True),
@@ -125,7 +126,7 @@ def test_a_key_of_the_mathematics_leads_to_other_weights(key, outcome, corpora, 
         SIZES["tiny_wide"] = replace(SIZES["tiny_text"], hidden_size=96)
     if key == "data.path":
         value = corpora["two"]
-    if key == "data.blend":
+    if key in ("data.blend", "data.train_blend"):
         value = ("1", str(corpora["one"]), "2", str(corpora["two"]))
     one = baselines.get(str(base)) or outcome(**base)
     baselines[str(base)] = one
@@ -261,6 +262,8 @@ def test_process_wide_switches_hold_during_the_run_and_are_set_back(tmp_path, mo
 
 
 ELSEWHERE = {
+    "data.validation_blend": "tests/data/test_loader.py",
+    "data.test_blend": "tests/data/test_loader.py",
     "init": "tests/train/test_init.py",
     "optim.in_backward": "tests/train/test_adamw.py",
     "recompute": "tests/parallel/test_recompute.py",
@@ -277,14 +280,21 @@ HERE = (
 )  # fmt: skip
 
 
+GROUPS = {"parallel.": "tests/parallel/*.py", "lora.": "tests/**/*lora*.py"}
+"""Groups whose keys have tests of their own, found there by name."""
+
+
 def test_no_key_is_without_a_test():
     config = parse(TrainConfig, ["--run", "r", "--data.mock", "true"])
     keys = {key for key, _ in flatten(config)}
-    layout = {key for key in keys if key.startswith("parallel.")}
-    assert keys - layout == {*WEIGHTS, *ELSEWHERE, *HERE}
+    grouped = {key for key in keys if key.startswith(tuple(GROUPS))}
+    assert keys - grouped == {*WEIGHTS, *ELSEWHERE, *HERE}
     root = Path(__file__).parents[2]
     for key, file in ELSEWHERE.items():
-        assert key in (root / file).read_text(), key
-    tests = "\n".join(path.read_text() for path in (root / "tests/parallel").glob("*.py"))
-    for key in layout:
-        assert re.search(rf"\b{key.removeprefix('parallel.')}\b", tests), key
+        text = (root / file).read_text()
+        assert key in text or key.removeprefix("data.") in text, key
+    for group, files in GROUPS.items():
+        tests = "\n".join(path.read_text() for path in root.glob(files))
+        for key in grouped:
+            if key.startswith(group):
+                assert re.search(rf"\b{key.removeprefix(group)}\b", tests), key
