@@ -9,7 +9,6 @@ a text that begins with a dash is a value like any other.
 from __future__ import annotations
 
 import difflib
-import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -183,7 +182,7 @@ def _convert(kind: Any, key: str, written: Written) -> Any:
 
 def _hints(config: type) -> dict[str, Any]:
     """Type of every field, `Annotated` taken off."""
-    return get_type_hints(config, vars(sys.modules[config.__module__]))
+    return get_type_hints(config)
 
 
 def _entries(config: type, prefix: str = "") -> dict[str, Any]:
@@ -201,7 +200,7 @@ def _entries(config: type, prefix: str = "") -> dict[str, Any]:
 
 def _positional(config: type) -> list[str]:
     """Fields whose annotation carries tyro's mark for positional arguments."""
-    annotated = get_type_hints(config, vars(sys.modules[config.__module__]), include_extras=True)
+    annotated = get_type_hints(config, include_extras=True)
     return [
         entry.name
         for entry in fields(config)

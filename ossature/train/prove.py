@@ -132,7 +132,7 @@ def batches(case: Case, rank: int = 0, world: int = 1) -> list[Batch]:
     seq = config.data.seq_len
     rows = config.global_batch_tokens // seq
     separate = config.data.separate_documents
-    batch = packed_rows(rows, seq, case.shape.vocab_size, separate=separate)
+    batch = packed_rows(rows, seq, case.shape.vocab_size, separate=separate, documents=3)
     starts = range(rank * micro, rows, micro * world)
     return [Batch(*(x[start : start + micro] for x in batch)) for start in starts]
 
