@@ -238,6 +238,8 @@ class Pipeline:
         loss = torch.empty(1, dtype=wide, device="meta")
         tokens = torch.empty(rows, seq // cp, dtype=torch.int64, device="meta")
         along = (sums.requires_grad_(),) if self.carries else ()
+        # The second half would compute a block again for each of its weights.
+        halves = SPLITS_BACKWARD and self.config.recompute == "none"
         stage = PipelineStage(
             self.stages[number],
             number,
@@ -246,7 +248,7 @@ class Pipeline:
             input_args=(tokens if number == 0 else x.requires_grad_(), *along),
             output_args=(loss if number == self.count - 1 else x.requires_grad_(), *along),
             group=self.group,
-            dw_builder=None if SPLITS_BACKWARD else _whole_backward,
+            dw_builder=None if halves else _whole_backward,
         )
         if self.config.parallel.pp_schedule in V_SCHEDULES:
             # torch 2.11 warms up by sending to every neighbour, and in a V one neighbour is the

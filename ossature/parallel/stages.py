@@ -46,8 +46,7 @@ def check_pipeline(run: TrainConfig, num_hidden_layers: int, micro_batches: int)
         micro_batches: of one rank in one optimizer step.
 
     Raises:
-        ValueError: too few layers or micro-batches, or not a multiple; a way to recompute that
-            the schedule has no use for.
+        ValueError: too few layers or micro-batches, or not a multiple.
     """
     config = run.parallel
     if config.pp == 1:
@@ -64,12 +63,6 @@ def check_pipeline(run: TrainConfig, num_hidden_layers: int, micro_batches: int)
         raise ValueError(
             f"parallel.pp_schedule {schedule} needs at least {least} micro-batches a step on each "
             f"rank (global_batch_tokens / (micro_batch_tokens x data ranks) is {micro_batches})"
-        )
-    if run.recompute == "selective" and schedule in V_SCHEDULES:
-        # What is kept is given out once, and each half of such a backward pass asks for it.
-        raise ValueError(
-            f"parallel.pp_schedule {schedule} goes with recompute full or none, not selective: its "
-            "backward pass has two halves"
         )
     if schedule == "Interleaved1F1B" and micro_batches % max(1, micro_batches // config.pp):
         raise ValueError(

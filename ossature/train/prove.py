@@ -5,9 +5,9 @@ clipping and balancing written out.  The ranks go through the code that trains. 
 where training starts from zeros (sinks, biases), rows are packed from unequal documents, loss masks
 are ragged, and both sides step twice with the gradient clipped.
 
-Three things that cost time and change no number are held too: gradients are reduced over the ranks
-once a step, experts run no more often than recomputation asks for, and the model's config stays as
-it is.
+Four things that cost time and change no number are held too: gradients are reduced over the ranks
+once a step, experts run no more often than recomputation asks for, compiled blocks do not fall back
+to eager ones after too many recompilations, and the model's config stays as it is.
 """
 
 from __future__ import annotations
@@ -228,7 +228,10 @@ def find(
     counts_operators = device.type == "cpu" and not config.compile
     found = None
     for _ in range(2):
-        with operators if found is not None and counts_operators else nullcontext():
+        with (
+            torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+            operators if found is not None and counts_operators else nullcontext(),
+        ):
             sums = steps.accumulate(model, mine, counted, mesh, config.router, pipeline=pipeline)
         norm = global_norm(parameters.values(), mesh)
         if found is None:

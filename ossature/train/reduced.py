@@ -88,12 +88,12 @@ def reduced_shape(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]
     stages = sizes["pp"] * stages_per_rank(axes) if sizes["pp"] > 1 else 0
     taken: set[int] = set()
 
-    def pick(least: int, multiple: int = 1, rest: int = 0) -> int:
-        """The smallest number that is not taken yet."""
+    def pick(least: int, multiple: int = 1, rest: int = 0, times: tuple[int, ...] = (1,)) -> int:
+        """The smallest number that is not taken yet, nor are these products of it."""
         size = -(-least // multiple) * multiple + rest
-        while size in taken:
+        while taken & {size * factor for factor in times}:
             size += multiple
-        taken.add(size)
+        taken.update(size * factor for factor in times)
         return size
 
     key_heads = pick(2, tp)
@@ -102,10 +102,8 @@ def reduced_shape(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]
     chosen = pick(2)
     even = (shape.num_local_experts // axes.ep) % efsdp == 0
     experts = pick(max(6, chosen + 1), axes.ep * (efsdp if even else 1))
-    head_dim = pick(16, 8)
-    taken |= {heads * head_dim, key_heads * head_dim}
-    inner = pick(24, 8 * axes.etp)
-    taken.add(2 * inner)
+    head_dim = pick(16, 8, times=(1, heads, key_heads))
+    inner = pick(24, 8 * axes.etp, times=(1, 2))
     hidden = pick(40, 8)
     vocab = pick(96, tp, 0 if shape.vocab_size % tp == 0 else 1)
     return replace(

@@ -35,11 +35,11 @@ class Layout:
     """Planted in the ranks, by the test's own `plant`."""
 
     def case(self) -> Case:
-        """8 rows, 2 a micro-batch, router losses and clipping on."""
+        """8 rows, 2 a micro-batch; router losses, balancing biases and clipping on."""
         changes = {
             "global_batch_tokens": 256,
             "micro_batch_tokens": 64,
-            "router": RouterConfig(aux_loss=0.3, z_loss=0.1),
+            "router": RouterConfig(aux_loss=0.3, z_loss=0.1, bias_update_rate=0.01),
             "optim__clip": 0.5,
             "optim__lr": 1e-2,
             **self.changes,

@@ -64,9 +64,10 @@ def test_four_stages_and_three_axes_find_the_numbers_of_one_process():
 
 @pytest.mark.slow
 def test_stages_that_compute_their_blocks_again_find_the_same():
+    """As often as one rank does, which is part of the comparison."""
     schedules = [{"pp": 2, "pp_schedule": schedule} for schedule in SCHEDULES]
     assert_equal(2, *schedules, recompute="full")
-    assert_equal(2, *schedules[:3], recompute="selective")
+    assert_equal(2, *schedules, recompute="selective")
 
 
 @pytest.mark.slow
@@ -187,9 +188,3 @@ def test_what_a_schedule_cannot_do_is_refused_with_both_numbers(
 ):
     with pytest.raises(ValueError, match=sentence):
         check_pipeline(small_run(tmp_path, parallel=ParallelConfig(**axes)), layers, micro_batches)
-
-
-def test_a_backward_pass_in_two_halves_refuses_selective_recomputation(tmp_path):
-    config = ParallelConfig(pp=2, pp_schedule="ZBVZeroBubble")
-    with pytest.raises(ValueError, match="ZBVZeroBubble goes with recompute full or none"):
-        check_pipeline(small_run(tmp_path, parallel=config, recompute="selective"), 8, 8)
