@@ -29,6 +29,9 @@ TINY = ModelConfig(
     eos_token_id=None,
     pad_token_id=None,
 )
+DEEP = replace(TINY, num_hidden_layers=6, layer_types=TINY.layer_types * 3)
+"""For stages."""
+SIZES["deep"] = DEEP
 SIZES["tiny"] = TINY  # tests give it by name, in this process and in ranks forked from it
 
 

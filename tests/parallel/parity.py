@@ -15,12 +15,11 @@ from ossature.parallel.mesh import data_rank
 from ossature.train import prove
 from ossature.train.prove import Case, Found, infinite
 from tests.ranks import run_ranks
+from tests.small_runs import DEEP as DEEP
 from tests.small_runs import TINY, small_run
 
 WIDE = replace(TINY, num_attention_heads=12, num_key_value_heads=4)
 """For tp 4: a key head for every rank."""
-DEEP = replace(TINY, num_hidden_layers=6, layer_types=TINY.layer_types * 3)
-"""For stages."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from ossature.train.loop import train
 from tests.parallel import parity
 from tests.parallel.parity import DEEP, Layout, largest, worst
 from tests.ranks import run_ranks
-from tests.small_runs import SIZES, records, small_run
+from tests.small_runs import records, small_run
 
-SIZES["deep"] = DEEP
 SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"]
 
 
