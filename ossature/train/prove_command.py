@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -110,7 +109,7 @@ def compare(case: Case, world: int, seconds: int) -> dict[str, float]:
         # As bytes: every tensor among the arguments of a process would be a file of shared memory.
         errors = run_ranks(world, errors_of_rank, case, pickle.dumps(true), seconds=seconds)
         return prove.largest_of_ranks(errors, true)
-    with launched(timedelta(seconds=seconds)) as ranks:
+    with launched(seconds) as ranks:
         true = prove.reference(case.alone(), ranks.device)
         mine = prove.errors(prove.find(case, world, ranks.device), true)
         everyone = [mine] * world

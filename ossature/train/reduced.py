@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ossature.config import DataConfig, TrainConfig
+from ossature.kernels.mxfp4 import GROUP
 from ossature.model.config import ModelConfig
 from ossature.parallel.stages import stages_per_rank
 from ossature.train.prove import Case
 from ossature.train.setup import micro_batches
 
-LR, EPS, CLIP, AUX_LOSS, Z_LOSS = 1e-2, 1e-6, 0.1, 0.3, 0.1
+LR, EPS, CLIP, AUX_LOSS, Z_LOSS, RANK = 1e-2, 1e-6, 0.1, 0.3, 0.1, 5
 
 
 def reduce(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]) -> Case:
@@ -35,10 +36,9 @@ def reduce(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]) -> Ca
     stages = sizes["pp"] * stages_per_rank(config.parallel) if sizes["pp"] > 1 else 1
     count = min(micro_batches(config, sizes), 2 * stages)
     micro = min(config.micro_batch_tokens // config.data.seq_len, 2) * seq
-    optim, router = config.optim, config.router
+    optim, router, lora = config.optim, config.router, config.lora
     reduced = replace(
         config,
-        init=None,
         num_layers=0,
         precision="fp32",
         micro_batch_tokens=micro,
@@ -50,6 +50,7 @@ def reduce(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]) -> Ca
             optim, lr=LR, min_lr=0.0, eps=max(optim.eps, EPS), clip=CLIP if optim.clip else 0.0,
             states="fp32", weights="fp32", in_backward=False,
         ),
+        lora=replace(lora, dropout=0.0, rank=min(lora.rank, RANK), alpha=float(RANK)),
         router=replace(
             router,
             aux_loss=AUX_LOSS if router.aux_loss else 0.0,
@@ -67,6 +68,10 @@ def changes(config: TrainConfig) -> Iterator[str]:
     for key, value in [("states", optim.states), ("weights", optim.weights)]:
         if value != "fp32":
             yield f"optim.{key} {value}: compared in fp32"
+    if config.lora.dropout:
+        yield f"lora.dropout {config.lora.dropout}: compared without"
+    if config.lora.rank:
+        yield f"lora.rank {min(config.lora.rank, RANK)}, lora.alpha {RANK}: for a smaller model"
     if optim.in_backward:
         yield "optim.in_backward: compared with steps after backward"
     clip = f", optim.clip {CLIP}" if optim.clip else ""
@@ -103,8 +108,9 @@ def reduced_shape(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]
     even = (shape.num_local_experts // axes.ep) % efsdp == 0
     experts = pick(max(6, chosen + 1), axes.ep * (efsdp if even else 1))
     head_dim = pick(16, 8, times=(1, heads, key_heads))
-    inner = pick(24, 8 * axes.etp, times=(1, 2))
-    hidden = pick(40, 8)
+    group_of = GROUP if config.lora.base == "mxfp4" else 8
+    inner = pick(24, group_of * axes.etp, times=(1, 2))
+    hidden = pick(40, group_of)
     vocab = pick(96, tp, 0 if shape.vocab_size % tp == 0 else 1)
     return replace(
         shape,

@@ -35,10 +35,11 @@ class Layout:
 
     def case(self) -> Case:
         """8 rows, 2 a micro-batch; router losses, balancing biases and clipping on."""
+        rate = 0.0 if "lora" in self.changes else 0.01  # a bias that is frozen has none
         changes = {
             "global_batch_tokens": 256,
             "micro_batch_tokens": 64,
-            "router": RouterConfig(aux_loss=0.3, z_loss=0.1, bias_update_rate=0.01),
+            "router": RouterConfig(aux_loss=0.3, z_loss=0.1, bias_update_rate=rate),
             "optim__clip": 0.5,
             "optim__lr": 1e-2,
             **self.changes,

@@ -209,6 +209,17 @@ def test_a_run_without_router_losses_and_clipping_is_compared_without():
 
 
 @pytest.mark.slow
+def test_adapters_on_a_packed_base_are_proved(run_file, capsys):
+    lora = "--lora.rank 8 --lora.dropout 0.1 --lora.base mxfp4 --router.bias-update-rate 0"
+    axes = "--ranks 4 --parallel.tp 2 --parallel.ep 2 --parallel.etp 2"
+    assert prove_command.main([run_file, *lora.split(), *axes.split()]) == 0
+    said = capsys.readouterr().out
+    assert "lora.dropout 0.1: compared without" in said
+    assert "gradients blocks.*.moe.experts.gate_up_lora_a" in said
+    assert "gradients blocks.*.attention.q_proj.weight" not in said  # it is frozen
+
+
+@pytest.mark.slow
 def test_torchrun_ranks_are_used_as_they_are(run_file):
     words = f"{run_file} --parallel.pp 2 --parallel.pp-schedule ZBVZeroBubble --recompute full"
     command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 4 -m"
