@@ -139,8 +139,9 @@ def start(launch: Launch, command: list[str]) -> int:
     # A store for every start, opened by rank 0: torchrun's own would keep what ranks of an
     # earlier start have written.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # After SIGTERM a rank ends its step and saves; torchrun kills it after 30 s.  (torch >= 2.12)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    # After SIGTERM a rank ends its step and saves: torchrun's own 30 s are few.  One that waits for
+    # a dead rank is killed then.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError

@@ -3,8 +3,9 @@
 A rank whose process is killed leaves the others in a collective that never returns (NCCL), or that
 fails with the address of a socket (gloo).  So every rank has a thread that counts up a key of its
 own in the store where the ranks met, and looks at the key of the next rank.  A key that stands
-still for half of the timeout is a dead rank: its watcher writes that down, every other rank reads
-it, prints it and ends.  Two requests a rank and interval, whatever the number of ranks.
+still for half of the timeout, or for three looks once a collective has failed somewhere, is a dead
+rank: its watcher writes that down, every other rank reads it, prints it and ends.  Four small
+requests a rank and look, whatever the number of ranks.
 
 The thread ends the whole process, since nothing else can: the main thread waits inside of C++.
 A rank that fails by itself, with an error, writes down that instead.
@@ -70,7 +71,7 @@ class Watch(threading.Thread):
     def __init__(self, place: Place, timeout_seconds: int) -> None:
         super().__init__(name="watch", daemon=True)
         self.place, self.timeout_seconds = place, timeout_seconds
-        self.interval = timeout_seconds / 10
+        self.interval = min(timeout_seconds / 10, 5)
         self.left = threading.Event()
         # A connection of its own: the main thread may be waiting on the other one.
         self.store = meet(place, timeout_seconds, may_host=False)
@@ -85,7 +86,9 @@ class Watch(threading.Thread):
                 self.store.add(f"beat{place.rank}", 1)
                 now = self.store.add(f"beat{following}", 0)  # 0 if it has never beaten
                 beats, silent = now, 0.0 if now != beats else silent + self.interval
-                if silent > self.timeout_seconds * (0.5 if beats else 0.8):
+                share = 0.5 if beats else 0.8
+                failed = beats and self.store.check(["failed"])  # a collective, on some rank
+                if silent > (3 * self.interval if failed else share * self.timeout_seconds):
                     said = "given no sign of life" if beats else "not come"
                     self.announce(f"rank {following} has {said} for {silent:.0f} s")
                 found = self.store.get("end").decode() if self.store.check(["end"]) else ""
@@ -113,12 +116,13 @@ class Watch(threading.Thread):
         if not is_communication(error):
             self.announce(f"rank {self.place.rank} failed: {_first_line(error)}")
             return
+        with contextlib.suppress(dist.DistError):
+            self.store.set("failed", "")
         deadline = time.monotonic() + self.timeout_seconds
         while time.monotonic() < deadline:
             if stopping():
                 raise RankLost(
-                    f"rank {self.place.rank}: told to end after losing another rank: "
-                    f"{_first_line(error)}"
+                    f"rank {self.place.rank} has lost another one, and was told to end"
                 ) from error
             time.sleep(0.05)
 

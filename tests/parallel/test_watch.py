@@ -3,7 +3,10 @@
 The ranks are threads of this process, with the store of a real launch between them.
 """
 
+import os
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from ossature.parallel import watch
 from ossature.parallel.environment import Place
 from ossature.parallel.watch import RankLost, Watch, is_communication, meet
+from tests.golden import ROOT
 
 GLOO = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:7393."
 
@@ -83,7 +87,7 @@ def test_a_failed_collective_is_not_blamed_on_the_rank_that_noticed(ranks, ended
     for one in ranks:
         one.start()
     ranks[1].leave()  # it is dead, and its neighbours see their connections close
-    with pytest.raises(RankLost, match="rank 2: told to end after losing another rank"):
+    with pytest.raises(RankLost, match="rank 2 has lost another one, and was told to end"):
         ranks[2].explain(RuntimeError(GLOO), lambda: len(set(ended)) == 2)
     assert all(line.startswith("rank 1 has given no sign of life") for line in ended)
 
@@ -113,3 +117,15 @@ def test_rank_0_that_never_comes_is_named(ended):
     place = Place(1, 1, 2, "127.0.0.1", 9, True)
     with pytest.raises(OSError, match=r"^rank 1 ends: rank 0 has not come to .*127.0.0.1:9"):
         meet(place, 1)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_in_time_and_nothing_is_lost():
+    """One kill under an agent that starts all ranks again, one without; compared bit for bit."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kill_rank.py", "--kills", "2", "--steps", "12"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("1 kills, ") == 2 and done.stdout.count("bitwise equal") == 2
