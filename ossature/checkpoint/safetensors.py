@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ossature.checkpoint.box import Box, bytes_of, read_box, rows
+
 FORMAT_PT = {"format": "pt"}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,17 +83,17 @@ class Reader:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of the first dim of a tensor; all of it by default."""
+        return self.box(name, rows(self.places[name].spec.shape, start, stop))
+
+    def box(self, name: str, box: Box) -> Tensor:
+        """A range of every dim of a tensor; no other bytes are read."""
         file, offset, (dtype, shape) = self.places[name]
-        if shape:
-            stop = shape[0] if stop is None else stop
-            assert 0 <= start <= stop <= shape[0], f"{name}: rows {start}:{stop} of {shape}"
-            row_bytes = dtype.itemsize * math.prod(shape[1:])
-            shape, offset = (stop - start, *shape[1:]), offset + start * row_bytes
-        out = torch.empty(shape, dtype=dtype)
         handle = self._handle(file)
-        _read_into(handle, _bytes(out), offset, f"{file}: {name}")
-        if self.once:
-            _forget(handle, offset, out.nbytes)
+        out = read_box(handle, offset, dtype, shape, box, f"{file}: {name}")
+        if self.once and shape:
+            row_bytes = dtype.itemsize * math.prod(shape[1:])
+            first, last = box[0].start * row_bytes, box[0].stop * row_bytes
+            _forget(handle, offset + first, last - first)
         return out
 
     def close(self) -> None:
@@ -239,19 +241,6 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _read_into(handle: int, buffer: memoryview, offset: int, what: str) -> None:
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(handle, [buffer[done:]], offset + done)
-        if count == 0:
-            raise ValueError(f"{what}: the file was cut short while it was read")
-        done += count
-
-
 def shard_name(number: int, count: int) -> str:
     """Files are numbered from 1 and "of" is how many there are, as transformers writes them."""
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
@@ -314,7 +303,7 @@ class Writer:
         rows = tensor.shape[0] if tensor.shape else 1
         assert tensor.dtype == dtype and tensor.shape[1:] == shape[1:], name
         assert start + rows <= (shape[0] if shape else 1), name
-        data = _bytes(tensor)
+        data = bytes_of(tensor)
         _write(self._handles[file], data, offset + start * (len(data) // max(rows, 1)))
         self._missing[name] -= len(data)
         self._left[file] -= len(data)

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+
+from ossature.checkpoint.box import Box
 
 INDEX = ".metadata"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -101,6 +103,39 @@ def list_weights(folder: Path | str) -> dict[str, tuple[tuple[int, ...], torch.d
         for name, entry in entries.items()
         if isinstance(entry, dcp_metadata.TensorStorageMetadata)  # _index lets nothing else pass
     }
+
+
+class Part(NamedTuple):
+    """A box of a tensor as it is stored, with the place of what `torch.save` made of it."""
+
+    box: Box
+    file: str
+    """In the folder."""
+    offset: int
+    length: int
+
+
+def parts(folder: Path | str) -> dict[str, list[Part]]:
+    """Name -> the parts in which a tensor is stored; reads the index alone.
+
+    Raises:
+        ValueError: they do not make up the whole tensor.
+    """
+    index = _index(Path(folder))
+    found: dict[str, list[Part]] = {}
+    for name, entry in index.state_dict_metadata.items():
+        assert isinstance(entry, dcp_metadata.TensorStorageMetadata)
+        found[name] = []
+        for chunk in entry.chunks:
+            place = index.storage_data.get(dcp_metadata.MetadataIndex(name, chunk.offsets))
+            if place is None:
+                raise ValueError(f"{folder}: {INDEX} lacks the place of a part of {name}")
+            ends = zip(chunk.offsets, chunk.sizes, strict=True)
+            box = tuple(slice(first, first + size) for first, size in ends)
+            found[name].append(Part(box, place.relative_path, place.offset, place.length))
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise ValueError(f"{folder}: {INDEX}: the parts of {name} do not make up the whole")
+    return found
 
 
 def read_weight(folder: Path | str, name: str) -> Tensor:

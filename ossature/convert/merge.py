@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ossature.checkpoint.box import Box
 from ossature.checkpoint.safetensors import Spec
 from ossature.convert.adapters import Adapter, parameter
 from ossature.convert.layout import Format
@@ -49,6 +50,10 @@ class MergedSource:
             return weight
         change = self.change(name, weight, start)
         return weight.float() + change
+
+    def part(self, name: str, box: Box) -> Tensor:
+        first, *rest = box  # norms are of whole rows
+        return self.read(name, first.start, first.stop)[(slice(None), *rest)]
 
     def change(self, name: str, weight: Tensor, start: int) -> Tensor:
         """W' - W in fp32, of rows of the first dim that begin at `start`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ossature.checkpoint.box import Box
 from ossature.checkpoint.safetensors import Spec
 from ossature.convert.adapters import CONFIG as ADAPTER_CONFIG
 from ossature.convert.adapters import Adapter, open_adapter
@@ -132,6 +133,9 @@ class ModelSource:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self._tensors[name][start:stop].cpu()
+
+    def part(self, name: str, box: Box) -> Tensor:
+        return self._tensors[name][box].cpu()
 
     def packed(
         self, name: str, start: int = 0, stop: int | None = None

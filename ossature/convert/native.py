@@ -1,7 +1,7 @@
 """Native folders: torch.distributed.checkpoint with flat names and a config.json beside it.
 
-Reading holds one tensor at a time, writing too: the planner of torch's writer is asked for a
-tensor when its turn has come, and only then reads it from the source.
+Reading holds what is asked for, writing one tensor at a time: the planner of torch's writer is
+asked for a tensor when its turn has come, and only then reads it from the source.
 
 Source: torch/distributed/checkpoint/{filesystem,default_planner}.py of torch 2.11 - 2.13.
 """
@@ -9,7 +9,6 @@ Source: torch/distributed/checkpoint/{filesystem,default_planner}.py of torch 2.
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from ossature.checkpoint.box import Box, rows
 from ossature.checkpoint.safetensors import Spec
 from ossature.checkpoint.store import INDEX, first_failure, list_weights, read_weight
+from ossature.checkpoint.stored import StoredReader
 from ossature.convert.config import hugging_face_config, read_config
 from ossature.convert.hugging_face import write_json
 from ossature.convert.layout import Format
@@ -36,7 +37,7 @@ BALANCE = ".moe.router.balance_bias"
 
 
 class NativeSource:
-    """A native folder.  Keeps the tensor that was read last: rows of it come in a row."""
+    """A native folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,11 +45,11 @@ class NativeSource:
         self.config = read_config(folder / "config.json")
         self.files = carried_files(folder)
         self._shapes = shapes(self.config)
-        self._specs = {n: Spec(dtype, shape) for n, (shape, dtype) in list_weights(folder).items()}
+        self._reader = StoredReader(folder)
+        stored = self._reader.specs.items()
+        self._specs = {n: Spec(dtype, shape) for n, (shape, dtype) in stored}
         self._specs = {n: s for n, s in self._specs.items() if not n.endswith(BALANCE)}
         self._check()
-        self._last: tuple[str, Tensor] | None = None
-        self._lock = threading.Lock()
 
     def _check(self) -> None:
         unknown = [name for name in self._specs if name not in self._shapes]
@@ -73,11 +74,10 @@ class NativeSource:
         return self._specs[name]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        with self._lock:
-            if self._last is None or self._last[0] != name:
-                self._last = None  # let go of it first
-                self._last = name, read_weight(self.folder, name)
-            return self._last[1][start:stop]
+        return self.part(name, rows(self._shapes[name], start, stop))
+
+    def part(self, name: str, box: Box) -> Tensor:
+        return self._reader.box(name, box)
 
     def packed(
         self, name: str, start: int = 0, stop: int | None = None
@@ -85,7 +85,7 @@ class NativeSource:
         return None
 
     def close(self) -> None:
-        self._last = None
+        self._reader.close()
 
     def balance_biases(self) -> dict[str, Tensor]:
         """Balancing biases of routers that are not zero, beside the weights or the optimizer."""

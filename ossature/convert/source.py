@@ -8,10 +8,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ossature.checkpoint.box import Box, rows
 from ossature.checkpoint.safetensors import Reader, Spec
 from ossature.convert.layout import Format, Published, layout, specs
 from ossature.convert.names import UnknownTensor, shapes, unknown_sentence
-from ossature.kernels.mxfp4 import dequantize
+from ossature.kernels.mxfp4 import GROUP, dequantize
 from ossature.model.config import ModelConfig
 
 CARRIED = (
@@ -42,6 +43,10 @@ class Source(Protocol):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of the first dim of a weight, (out, in); all of it by default."""
+        ...
+
+    def part(self, name: str, box: Box) -> Tensor:
+        """A range of every dim of a weight, (out, in); little else is read."""
         ...
 
     def packed(
@@ -101,13 +106,25 @@ class PublishedSource:
         return Spec(dtype, self._shapes[name])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.part(name, rows(self._shapes[name], start, stop))
+
+    def part(self, name: str, box: Box) -> Tensor:
+        """No other bytes are read, but for whole groups of MXFP4."""
         stored = self._layout[name]
-        pair = self.packed(name, start, stop)
-        if pair is not None:
-            return dequantize(*pair)
-        stop = self._shapes[name][0] if stop is None else stop
-        tensor = self.reader.read(stored.names[0], stored.first + start, stored.first + stop)
-        return tensor.mT if stored.kind == "turned" else tensor
+        if stored.kind == "packed":
+            # A group is 32 numbers of the last dim: whole groups, then what was asked of them.
+            *outer, last = box
+            groups = slice(last.start // GROUP, -(-last.stop // GROUP))
+            scales = self.reader.box(stored.names[1], (*outer, groups))
+            blocks = self.reader.box(stored.names[0], (*outer, groups, slice(0, GROUP // 2)))
+            first = groups.start * GROUP
+            return dequantize(blocks, scales)[..., last.start - first : last.stop - first]
+        if stored.kind == "turned":
+            experts, out, size = box
+            return self.reader.box(stored.names[0], (experts, size, out)).mT
+        first, *rest = box
+        first = slice(stored.first + first.start, stored.first + first.stop)
+        return self.reader.box(stored.names[0], (first, *rest))
 
     def packed(
         self, name: str, start: int = 0, stop: int | None = None

@@ -15,41 +15,54 @@ from torch import Tensor
 from ossature.model.config import ModelConfig
 
 
-def initial_weight(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def initial_weight(
+    config: ModelConfig,
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    part: tuple[slice, ...] | None = None,
+) -> Tensor:
     """The initial value of the parameter `name`, in fp32 on CPU.
 
     Args:
         shape: of the whole parameter, however it is sharded.
+        part: start and stop in every dim, of what is wanted; default: all of it.
     """
+    part = tuple(slice(0, size) for size in shape) if part is None else part
+    sizes = [cut.stop - cut.start for cut in part]
     leaf = name.split(".", 2)[-1] if name.startswith("blocks.") else name
     if "lora_" in leaf:
-        return _initial_adapter(name, shape, seed)
+        return _initial_adapter(name, shape, seed, part)
     if "norm" in leaf:
-        return torch.ones(shape, device="cpu")
+        return torch.ones(sizes, device="cpu")
     if leaf.endswith("bias") and leaf != "moe.router.bias":
-        return torch.zeros(shape, device="cpu")
-    return _drawn(name, shape, seed).mul_(config.initializer_range)
+        return torch.zeros(sizes, device="cpu")
+    return _drawn(name, shape, seed, part).mul_(config.initializer_range)
 
 
-def _initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def _initial_adapter(
+    name: str, shape: tuple[int, ...], seed: int, part: tuple[slice, ...]
+) -> Tensor:
     """A is drawn as Xavier, B is zero; of the embedding, a lookup in A, it is the other way round.
 
     A magnitude has no value of its own: see `ossature.model.lora.initial_magnitude`.
     """
     zero = "lora_a" if name.startswith("embedding.") else "lora_b"
     if name.endswith(zero):
-        return torch.zeros(shape, device="cpu")
+        return torch.zeros([cut.stop - cut.start for cut in part], device="cpu")
     if name == "embedding.lora_b":
-        return _drawn(name, shape, seed)
+        return _drawn(name, shape, seed, part)
     assert name.endswith("lora_a"), name
-    return _drawn(name, shape, seed).mul_((2 / (shape[-2] + shape[-1])) ** 0.5)
+    return _drawn(name, shape, seed, part).mul_((2 / (shape[-2] + shape[-1])) ** 0.5)
 
 
-def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def _drawn(name: str, shape: tuple[int, ...], seed: int, part: tuple[slice, ...]) -> Tensor:
     if len(shape) == 3:
-        parts = [_normal(f"{name}.{expert}", shape[1:], seed) for expert in range(shape[0])]
-        return torch.stack(parts)
-    return _normal(name, shape, seed)
+        mine, *inner = part
+        experts = range(mine.start, mine.stop)
+        drawn = [_normal(f"{name}.{e}", shape[1:], seed)[tuple(inner)] for e in experts]
+        return torch.stack(drawn) if drawn else torch.empty(0, *shape[1:])[:, *inner]
+    return _normal(name, shape, seed)[part]
 
 
 def _normal(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

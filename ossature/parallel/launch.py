@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -110,3 +111,13 @@ def _watched(place: Place, timeout_seconds: int, stopping: Callable[[], bool]) -
         watch.leave()
         if dist.is_initialized() and not lost:  # a group with a dead rank cannot be taken down
             dist.destroy_process_group()
+
+
+@contextmanager
+def first_prints(ranks: Ranks) -> Iterator[None]:
+    """What the other ranks print goes nowhere: all of them do the same."""
+    if ranks.first:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from ossature.config import parse
+from ossature.config import ParallelConfig, parse
 from ossature.sample.text import Continuation
 
 
@@ -40,6 +40,8 @@ class SampleOptions:
     """Such as "cpu" or "cuda:0"; empty takes a GPU if there is one."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and computation."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model is divided over the ranks that torchrun starts."""
 
 
 def main(argv: list[str]) -> int:
@@ -52,8 +54,9 @@ def main(argv: list[str]) -> int:
     import torch
 
     from ossature.convert.folder import resolve
-    from ossature.convert.model import load_model
+    from ossature.convert.open import open_model
     from ossature.data.tokenizer import load as load_tokenizer
+    from ossature.parallel.launch import first_prints, launched
     from ossature.sample.generate import generate
     from ossature.sample.sampling import check_sampling
 
@@ -64,23 +67,23 @@ def main(argv: list[str]) -> int:
             f"{folder}: no tokenizer.json beside the weights; say which one with --tokenizer"
         )
     tokenizer = load_tokenizer(options.tokenizer or str(folder))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    model = load_model(folder, dtype=dtype, device=device)
-    ends = stop_ids(tokenizer.special, model.config.eos_token_id)
-    printer = Printer(options.prompt, tokenizer.decode, ends, options.stop)
-    generate(
-        model,
-        [tokenizer.encode(text) for text in options.prompt],
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        stop_ids=ends,
-        seed=options.seed,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        watch=printer.watch,
-    )
-    printer.finish()
+    with launched() as ranks, first_prints(ranks):
+        model = open_model(folder, options.parallel, dtype, ranks, options.device or None)
+        ends = stop_ids(tokenizer.special, model.config.eos_token_id)
+        printer = Printer(options.prompt, tokenizer.decode, ends, options.stop)
+        generate(
+            model,
+            [tokenizer.encode(text) for text in options.prompt],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            stop_ids=ends,
+            seed=options.seed,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            watch=printer.watch,
+        )
+        printer.finish()
     return 0
 
 

@@ -21,6 +21,7 @@ from ossature.checkpoint.store import load_weights, newest
 from ossature.config import TrainConfig, to_json
 from ossature.convert.config import hugging_face_config, read_config
 from ossature.convert.folder import open_source, resolve
+from ossature.convert.open import fill_model
 from ossature.convert.source import carried_files
 from ossature.data.loader import Loader
 from ossature.data.tokenizer import load as load_tokenizer
@@ -35,7 +36,7 @@ from ossature.parallel.launch import Ranks
 from ossature.parallel.pipeline import Pipeline
 from ossature.parallel.plan import parallelize
 from ossature.parallel.stages import check_pipeline
-from ossature.parallel.weights import fill, initialise
+from ossature.parallel.weights import initialise
 from ossature.train import optim
 from ossature.train.adamw import LeanAdamW
 from ossature.train.evaluate import validation_loader
@@ -223,7 +224,7 @@ def resume(parts: Parts, folder: Path) -> None:
 
 
 def fill_from(parts: Parts, folder: Path) -> None:
-    """Load the weights of a checkpoint in any format, tensor by tensor."""
+    """Load the weights of a checkpoint in any format, each rank its own parts."""
     source = open_source(folder)
     wanted, found = parts.model.config, source.config
     differ = [
@@ -233,7 +234,10 @@ def fill_from(parts: Parts, folder: Path) -> None:
     ]
     if differ:
         raise ValueError(f"{folder}: is not of this model: {', '.join(differ)}")
-    fill(parts.model, source.read)
+    try:
+        fill_model(parts.model, source)
+    finally:
+        source.close()
     parts.origin = str(folder)
 
 
