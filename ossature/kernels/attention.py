@@ -143,6 +143,7 @@ def _register(forward, backward) -> None:
         return tuple(torch.empty_like(x) for x in (q, k, v, sinks))
 
     def save(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)  # lse has none
         ctx.save_for_backward(*inputs, *output)
 
     def gradient(ctx, dout, _dlse):

@@ -150,6 +150,7 @@ def _(
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.alpha, ctx.limit = inputs
     _, gate, up = output
+    ctx.set_materialize_grads(False)  # gate and up have none: no zeros as large as they are
     ctx.save_for_backward(*tensors, gate, up)
 
 

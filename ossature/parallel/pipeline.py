@@ -45,6 +45,14 @@ zero-bubble schedules want it.  Before 2.13 that fails on custom operators, and 
 gradients of operators with several outputs."""
 
 
+def splits_backward(config: TrainConfig) -> bool:
+    """Whether zero-bubble schedules do so.
+
+    Not where blocks are computed again: each weight would ask for that anew.
+    """
+    return SPLITS_BACKWARD and config.recompute == "none"
+
+
 class Inputs(NamedTuple):
     """One micro-batch, of whole rows: (batch, seq) each."""
 
@@ -238,8 +246,6 @@ class Pipeline:
         loss = torch.empty(1, dtype=wide, device="meta")
         tokens = torch.empty(rows, seq // cp, dtype=torch.int64, device="meta")
         along = (sums.requires_grad_(),) if self.carries else ()
-        # The second half would compute a block again for each of its weights.
-        halves = SPLITS_BACKWARD and self.config.recompute == "none"
         stage = PipelineStage(
             self.stages[number],
             number,
@@ -248,7 +254,7 @@ class Pipeline:
             input_args=(tokens if number == 0 else x.requires_grad_(), *along),
             output_args=(loss if number == self.count - 1 else x.requires_grad_(), *along),
             group=self.group,
-            dw_builder=None if halves else _whole_backward,
+            dw_builder=None if splits_backward(self.config) else _whole_backward,
         )
         if self.config.parallel.pp_schedule in V_SCHEDULES:
             # torch 2.11 warms up by sending to every neighbour, and in a V one neighbour is the

@@ -133,19 +133,33 @@ def one_by_one(
     """Forward and backward of one micro-batch after the other; `Pipeline.step` without stages."""
     for n, batch in enumerate(batches):
         reduce_gradients_now(model, n == len(batches) - 1)
-        log = None if note is None else RouterLog()
-        total = model(
-            batch.tokens,
-            position=batch.position,
-            document=batch.document,
-            targets=batch.targets,
-            router_log=log,
-        )
-        loss = loss_of(total, log)
-        if log is not None and note is not None:
-            for layer, statistics in enumerate(log.layers):
-                note(layer, statistics)
-        loss.backward()
+        forward_one(model, batch, loss_of, note).backward()
+
+
+def forward_one(
+    model: Transformer,
+    batch: Inputs,
+    loss_of: Loss,
+    note: Callable[[int, RouterStatistics], None] | None,
+) -> Tensor:
+    """The loss of a micro-batch.
+
+    It alone is returned: the log would hold what its statistics need for a backward pass, and
+    with that the input of every block that is computed again, until the end of the whole.
+    """
+    log = None if note is None else RouterLog()
+    total = model(
+        batch.tokens,
+        position=batch.position,
+        document=batch.document,
+        targets=batch.targets,
+        router_log=log,
+    )
+    loss = loss_of(total, log)
+    if log is not None and note is not None:
+        for layer, statistics in enumerate(log.layers):
+            note(layer, statistics)
+    return loss
 
 
 def over_the_row(log: RouterLog, mesh: DeviceMesh) -> RouterLog:
