@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ossature.config import OptimConfig
 from ossature.parallel.gradients import local, square_norm
-from ossature.train.adamw import LeanAdamW
+from ossature.train.adamw import GROUP, LeanAdamW
 
 
 def decays(name: str) -> bool:
@@ -53,6 +53,14 @@ def build(
     if plain and not muon:
         return torch.optim.AdamW(groups, **rates, fused=True)
     return LeanAdamW(groups, **rates, states=config.states, seed=seed)
+
+
+def state_bytes(config: OptimConfig, name: str, parameter: nn.Parameter) -> float:
+    """Of the moments, for one number of a parameter."""
+    moments = 1 if config.name == "muon" and is_hidden_matrix(name) else 2
+    if config.states == "8bit" and parameter.dim() > 1 and parameter.shape[-1] % GROUP == 0:
+        return moments * (1 + 4 / GROUP)
+    return moments * (2 if config.states == "bf16" else 4)
 
 
 def describe(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -1,0 +1,536 @@
+"""Bytes per rank of a step, before a device is asked.
+
+The weights are those of the model on the meta device, divided by the rules that training divides
+them by.  What FSDP gathers and reduces, what blocks keep and what passes by is gone through in the
+order of a step, as the code does it: forward and backward of each micro-batch in the order of the
+pipeline's schedule, reductions, the optimizer.  The peak is the most that is ever held.
+
+Followed from the source of torch 2.13: distributed/fsdp/_fully_shard (buffers of collectives, and
+when they go), distributed/pipelining (what stages hold).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ossature.config import ParallelConfig, TrainConfig
+from ossature.model.transformer import Transformer
+from ossature.parallel import activations as parts
+from ossature.parallel.activations import BRIEF, GRADIENTS, KEPT, Gradients, Ledger, Sizes
+from ossature.parallel.expert import SPLITS
+from ossature.parallel.orders import Action, actions
+from ossature.parallel.pipeline import splits_backward
+from ossature.parallel.stages import stage_layers, stages_of, stages_per_rank
+from ossature.parallel.tensor import ROWS
+
+WEIGHTS, SHARDS, STATES = "weights", "gradients", "optimizer states"
+GATHERED, BUFFERS, INPUTS = "weights, gathered", "buffers of collectives", "batches"
+PIPELINE, WAITING = "buffers of the pipeline", "gradients, put off"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter: what tp, ep and etp leave of it on the rank that has most."""
+
+    name: str
+    shape: tuple[int, ...]
+    item: int
+    """Bytes of a number, as it is kept."""
+    used_item: int
+    """Bytes of a number, as it is computed with."""
+    trained: bool
+    state_bytes: float
+    """Of the optimizer, for one number."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def shard(self, ranks: int, even: bool) -> int:
+        """Numbers that FSDP keeps on a rank; short shards are filled up.
+
+        Args:
+            even: shard what is inside of experts, where their number does not divide.
+        """
+        first, *rest = self.shape
+        if even and first % ranks and rest and rest[0] % ranks == 0:
+            return self.size // ranks
+        return -(-first // ranks) * math.prod(rest)
+
+    def inside(self, ranks: int, even: bool) -> bool:
+        first, *rest = self.shape
+        return bool(ranks > 1 and even and first % ranks and rest and rest[0] % ranks == 0)
+
+
+def part(name: str, shape: tuple[int, ...], axes: ParallelConfig) -> tuple[int, ...]:
+    """What tp, ep and etp leave of a parameter; of uneven parts the largest."""
+    *_, module, leaf = name.split(".")
+    dims: dict[int, int] = {}
+    if module == "experts":
+        for axis, ranks in (("ep", axes.ep), ("etp", axes.etp)):
+            dim = SPLITS[leaf][axis]
+            if dim is not None:
+                dims[dim] = dims.get(dim, 1) * ranks
+    elif leaf in TENSOR_SPLITS.get(module, {}):
+        dims[TENSOR_SPLITS[module][leaf]] = axes.tp
+    return tuple(-(-size // dims.get(dim, 1)) for dim, size in enumerate(shape))
+
+
+TENSOR_SPLITS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "sinks", "lm_head"), ROWS) | {
+    "o_proj": {"weight": 1, "lora_a": 1},
+    "embedding": {"weight": 0, "lora_a": 1},
+}
+"""The dim of each parameter that tp splits, by leaf module."""
+
+StateBytes = Callable[[str, nn.Parameter], float]
+"""Bytes of the optimizer for one number of a trained parameter."""
+
+
+def divided(model: Transformer, config: TrainConfig, state_bytes: StateBytes) -> list[Weight]:
+    """The weights of a model on the meta device, before FSDP; of all stages."""
+    item = 4 if config.precision == "fp32" else 2
+    return [
+        Weight(
+            name,
+            part(name, tuple(p.shape), config.parallel),
+            p.element_size(),
+            item if p.is_floating_point() else p.element_size(),
+            p.requires_grad,
+            state_bytes(name, p) if p.requires_grad else 0.0,
+        )
+        for name, p in model.named_parameters()
+    ]
+
+
+class Group:
+    """Weights that FSDP gathers and reduces together."""
+
+    def __init__(self, weights: list[Weight], ranks: int, even: bool, again: bool) -> None:
+        self.ranks = ranks
+        self.again = again
+        """Gathered for the backward pass again."""
+        # On one rank what is frozen is left alone.
+        mine = [w for w in weights if w.trained or ranks > 1]
+        trained = [w for w in mine if w.trained]
+        kept = {w.name: w.shard(ranks, even) for w in weights}
+        self.weights = sum(kept[w.name] * w.item for w in weights)
+        self.states = sum(kept[w.name] * w.state_bytes for w in trained)
+        self.shards = sum(kept[w.name] * w.item for w in trained)
+        self.reduced = sum(kept[w.name] * 4 for w in trained)
+        self.whole = sum(kept[w.name] * ranks * w.used_item for w in mine)
+        self.sent = sum(kept[w.name] * w.used_item for w in mine if w.used_item != w.item)
+        self.largest_cast = max(
+            (w.size * w.used_item for w in mine if w.used_item != w.item), default=0
+        )
+        self.inside = sum(w.size * w.used_item for w in mine if w.inside(ranks, even))
+        self.largest_inside = max((w.size * 4 for w in trained if w.inside(ranks, even)), default=0)
+        self.gradients = sum(w.size * w.used_item for w in trained)
+        self.gradients_wide = sum(w.size * 4 for w in trained)
+        self.is_whole = False
+        self.coming = False
+        """Asked for ahead of time."""
+        self.summed = False
+        """Gradients of earlier micro-batches are there, in fp32."""
+
+
+class Stage:
+    """Blocks of a rank in a row, with their groups; a model without a pipeline is one."""
+
+    def __init__(
+        self, weights: list[Weight], layers: range, first: bool, last: bool, config: TrainConfig,
+        fsdp: int,
+    ) -> None:  # fmt: skip
+        axes = config.parallel
+        self.layers, self.first, self.last = layers, first, last
+        lent = fsdp * axes.tp
+        apart = axes.tp * axes.ep * axes.etp > 1
+        efsdp = lent // (axes.ep * axes.etp)
+        again = axes.pp == 1
+
+        def named(*starts: str) -> list[Weight]:
+            return [w for w in weights if w.name.startswith(starts)]
+
+        tops = (["embedding."] if first else []) + (["norm.", "lm_head."] if last else [])
+        self.root = Group(named(*tops) if tops else [], fsdp, False, False)
+        self.blocks: list[Group] = []
+        self.experts: list[Group | None] = []
+        self.gradients: list[Gradients] = []
+        for n in layers:
+            mine = named(f"blocks.{n}.")
+            experts = [w for w in mine if ".experts." in w.name]
+            rest = [w for w in mine if ".experts." not in w.name]
+            self.blocks.append(Group(rest if apart else mine, fsdp, False, again and fsdp > 1))
+            self.experts.append(Group(experts, efsdp, True, again and efsdp > 1) if apart else None)
+            self.gradients.append(_gradients(mine))
+        self.embedding_gradient = _trained_bytes(named("embedding.")) if first else 0
+        self.head_gradient = _trained_bytes(named("lm_head.")) if last else 0
+        self.norm_gradient = _trained_bytes(named("norm.")) if last else 0
+        self.vocab = next((w.shape[0] for w in named("lm_head.weight")), 0)
+        self.held_output = 0.0
+        """Of the last gathering of a forward pass, until the next one's."""
+        self.reducing = 0.0
+        """Input of the last reduction, until the next one's."""
+
+    @property
+    def groups(self) -> list[Group]:
+        """In the order in which forward is done with them."""
+        found = []
+        for block, experts in zip(self.blocks, self.experts, strict=True):
+            found += [block] if experts is None else [experts, block]
+        return [*found, self.root]
+
+
+def _trained_bytes(weights: list[Weight]) -> int:
+    return sum(w.size * w.used_item for w in weights if w.trained)
+
+
+def _gradients(block: list[Weight]) -> Gradients:
+    by: dict[str, int] = {}
+    for w in block:
+        if w.trained:
+            *_, module, _leaf = w.name.split(".")
+            by[module] = by.get(module, 0) + w.size * w.used_item
+    return Gradients(
+        o_proj=by.get("o_proj", 0),
+        qkv=sum(by.get(f"{p}_proj", 0) for p in "qkv"),
+        router=by.get("router", 0),
+        experts=by.get("experts", 0),
+        norms=by.get("attention_norm", 0) + by.get("moe_norm", 0) + by.get("sinks", 0),
+    )
+
+
+@dataclass(frozen=True)
+class Use:
+    """Of one rank."""
+
+    peak: float
+    """Bytes."""
+    at_peak: dict[str, float]
+    """What they are."""
+    layers: tuple[int, ...]
+
+
+class Walk:
+    """One step of one rank of the axis pp."""
+
+    def __init__(
+        self, model: Transformer, weights: list[Weight], config: TrainConfig,
+        axis_sizes: dict[str, int], device: str, rank: int,
+    ) -> None:  # fmt: skip
+        axes = config.parallel
+        self.config, self.model = config, model
+        self.m = Ledger()
+        self.s = Sizes(config, model.config, device)
+        count = axes.pp * stages_per_rank(axes)
+        layers = stage_layers(model.config, count)
+        fsdp = axis_sizes["dp_shard"] * axis_sizes["cp"]
+        self.stages = {
+            n: Stage(weights, layers[n], n == 0, n == count - 1, config, fsdp)
+            for n in (stages_of(rank, axes) if axes.pp > 1 else [0])
+        }
+        self.rank = rank
+        data_ranks = axis_sizes["dp_replicate"] * axis_sizes["dp_shard"]
+        self.micro_batches = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
+
+    def use(self) -> Use:
+        m, s, axes = self.m, self.s, self.config.parallel
+        for stage in self.stages.values():
+            for group in stage.groups:
+                m.take(WEIGHTS, group.weights)
+                m.take(STATES, group.states)
+            if axes.pp > 1:
+                sides = (not stage.first) + (not stage.last)
+                m.take(PIPELINE, sides * self.micro_batches * s.x)
+        per_token = (8 * 4 + (0 if s.cuda else 1)) * (2 if axes.pp > 1 else 1)
+        m.take(INPUTS, self.micro_batches * self.config.micro_batch_tokens * per_token)
+        if axes.pp > 1:
+            for action in actions(axes, self.rank, self.micro_batches):
+                self.act(action)
+        else:
+            # All micro-batches between the first and the last are alike.
+            few = min(self.micro_batches, 3)
+            for n in range(few):
+                self.forward(self.stages[0])
+                self.backward(self.stages[0], reduces=n == few - 1)
+        layers = tuple(n for stage in self.stages.values() for n in stage.layers)
+        return Use(m.peak, m.at_peak, layers)
+
+    def act(self, action: Action) -> None:
+        stage = self.stages[action.stage]
+        if action.kind == "F":
+            self.forward(stage)
+        elif action.kind == "B":
+            self.backward(stage, reduces=False)
+        elif action.kind == "R":
+            self.reduce_all(stage)
+        elif splits_backward(self.config):
+            self.half_backward(stage, action.kind)
+        elif action.kind == "I":
+            self.backward(stage, reduces=False)
+
+    # Forward
+
+    def forward(self, stage: Stage) -> None:
+        m, s = self.m, self.s
+        self.gather(stage, stage.root, forward=True)
+        if stage.first:
+            if self.config.parallel.tp > 1:
+                m.pass_by(BRIEF, 2 * s.whole_x)
+                m.pass_by(BRIEF, s.whole_x + s.whole_x + s.x)
+            m.take(KEPT, s.x)
+        else:
+            m.move(PIPELINE, KEPT, s.x)
+        m.take(KEPT, self.tables())
+        for n, layer in enumerate(stage.layers):
+            self.gather(stage, stage.blocks[n], forward=True)
+            experts = stage.experts[n]
+            self.block_forward(stage, layer, experts)
+            if stage.blocks[n].again:
+                self.drop(stage.blocks[n])
+        if stage.last:
+            parts.head(m, s, stage.vocab, self.model.config.vocab_size)
+        if self.config.recompute == "none":
+            m.give(KEPT, len(stage.layers) * self.forgotten)
+        m.give(BUFFERS, stage.held_output)
+        stage.held_output = 0.0
+
+    @property
+    def forgotten(self) -> float:
+        """What routers' statistics keep of a block until the loss is found, and no longer."""
+        return parts.statistics(self.s) - parts.statistics_kept(self.s)
+
+    def block_forward(self, stage: Stage, layer: int, experts: Group | None) -> None:
+        m, s, recompute = self.m, self.s, self.config.recompute
+        before = m.held.get(KEPT, 0.0)
+        parts.attention(m, s, layer)
+        if experts is not None:
+            self.gather(stage, experts, forward=True)
+        parts.moe(m, s)
+        if experts is not None and experts.again:
+            self.drop(experts)
+        kept = m.held[KEPT] - before
+        if recompute == "full":
+            m.give(KEPT, kept - s.x)
+        elif recompute == "selective":
+            m.give(KEPT, kept - s.x)
+            m.take(KEPT, parts.outputs_kept(s, layer)[0])
+
+    def tables(self) -> float:
+        """Of a micro-batch: the angles of RoPE, and what a window sees."""
+        s = self.s
+        tables = s.attended * s.shape.head_dim * 4
+        if not s.cuda and any(map(s.slides, range(s.shape.num_hidden_layers))):
+            attended = 1 + parts.halo(s) if self.config.parallel.cp > 1 else 1
+            tables += s.attended * attended * 2 * s.shape.sliding_window * s.item
+        return tables
+
+    # Backward
+
+    def backward(self, stage: Stage, reduces: bool) -> None:
+        m, s = self.m, self.s
+        self.ask(stage, len(stage.groups) - 1)
+        if stage.last:
+            parts.head_backward(m, s, stage.head_gradient)
+            m.take(GRADIENTS, stage.norm_gradient)
+        for n in reversed(range(len(stage.layers))):
+            self.block_backward(stage, n, reduces)
+        if not stage.last:
+            m.give(KEPT, s.x)  # what was sent on; its gradient is in a buffer
+            m.take(BRIEF, s.x)
+        m.take(GRADIENTS, stage.embedding_gradient)
+        if not stage.first:
+            m.take(PIPELINE, s.x)
+        m.give(BRIEF, s.x)
+        m.give(KEPT, self.tables())
+        if self.config.parallel.pp == 1:
+            self.after(stage, stage.root, reduces)
+            m.give(BUFFERS, stage.reducing)
+            stage.reducing = 0.0
+
+    def block_backward(self, stage: Stage, n: int, reduces: bool) -> None:
+        m, s, layer = self.m, self.s, stage.layers[n]
+        group, experts = stage.blocks[n], stage.experts[n]
+        number = stage.groups.index(group)
+        self.gather(stage, group)
+        self.ask(stage, number)
+        recompute = self.config.recompute
+        if experts is not None:
+            self.gather(stage, experts, forward=recompute != "none")
+            self.ask(stage, number - 1)
+        if recompute != "none":
+            both = parts.outputs_kept(s, layer)[1] if recompute == "selective" else 0.0
+            alone = parts.outputs_kept(s, layer)[0] - both if recompute == "selective" else 0.0
+            parts.block(m, s, layer)
+            m.give(KEPT, s.x + both + alone + self.forgotten)
+        g = stage.gradients[n]
+        parts.moe_backward(m, s, g)
+        m.give(KEPT, parts.statistics_kept(s))
+        if experts is not None:
+            self.after(stage, experts, reduces)
+        parts.attention_backward(m, s, layer, g)
+        self.after(stage, group, reduces)
+
+    def half_backward(self, stage: Stage, half: str) -> None:
+        """Gradients of activations first; what they leave waits for those of the weights."""
+        if stage.first:  # nobody waits for the first half
+            if half == "W":
+                self.backward(stage, reduces=False)
+            return
+        m, s = self.m, self.s
+        if half == "I":
+            if stage.last:
+                m.take(KEPT, s.whole_x + s.x + s.tokens * 4)  # the graph stays
+                m.take(parts.LOSS, s.whole_x + stage.head_gradient)
+                parts.head_backward(m, s, stage.head_gradient)
+                m.give(GRADIENTS, stage.head_gradient)
+            for n in reversed(range(len(stage.layers))):
+                m.take(KEPT, self.freed_by_block(stage.layers[n]))  # it stays
+                g = stage.gradients[n]
+                parts.moe_backward(m, s, g)
+                m.give(KEPT, parts.statistics_kept(s))
+                m.give(GRADIENTS, g.experts + g.router + g.norms / 2)
+                parts.attention_backward(m, s, stage.layers[n], g)
+                m.give(GRADIENTS, g.o_proj + g.qkv + g.norms / 2)
+                m.take(WAITING, self.waiting)
+            m.give(BRIEF, s.x)
+            return
+        if stage.last:
+            m.take(GRADIENTS, stage.head_gradient + stage.norm_gradient)
+            m.give(KEPT, s.whole_x + s.x + s.tokens * 4)
+            m.give(parts.LOSS, s.whole_x + stage.head_gradient)
+        else:
+            m.give(KEPT, s.x)
+        for n in reversed(range(len(stage.layers))):
+            m.take(GRADIENTS, stage.blocks[n].gradients)
+            m.pass_by(BRIEF, s.row)
+            m.give(KEPT, self.freed_by_block(stage.layers[n]))
+            self.add_up(stage.blocks[n])
+            if (experts := stage.experts[n]) is not None:
+                m.take(GRADIENTS, experts.gradients)
+                self.add_up(experts)
+        m.give(WAITING, len(stage.layers) * self.waiting)
+        m.give(KEPT, self.tables())
+        m.take(PIPELINE, s.x)
+
+    @property
+    def waiting(self) -> float:
+        """What the first half of a block's backward leaves for the second: gradients of outputs
+        of its matrices and norms."""
+        s = self.s
+        scores = s.tokens * s.shape.num_local_experts * 4
+        return 2 * s.x + s.whole_x + s.q + 2 * s.k + s.row + scores
+
+    def freed_by_block(self, layer: int) -> float:
+        """What a block's backward lets go of, its input among it."""
+        m = Ledger()
+        none = Gradients(0, 0, 0, 0, 0)
+        parts.moe_backward(m, self.s, none)
+        parts.attention_backward(m, self.s, layer, none)
+        return parts.statistics_kept(self.s) - m.held[KEPT]
+
+    # What FSDP does
+
+    def gather(self, stage: Stage, group: Group, forward: bool = False) -> None:
+        m = self.m
+        if group.is_whole:
+            return
+        group.is_whole = True
+        if group.ranks == 1:
+            m.take(GATHERED, group.whole)
+            m.pass_by(BUFFERS, group.largest_cast)
+            return
+        if not group.coming:
+            self.fetch(group)
+        group.coming = False
+        if forward:
+            m.give(BUFFERS, stage.held_output)
+            stage.held_output = 0.0
+        m.take(GATHERED, group.whole)
+        m.pass_by(BUFFERS, group.inside)
+        if forward:
+            stage.held_output = group.whole
+        else:
+            m.give(BUFFERS, group.whole)
+
+    def fetch(self, group: Group) -> None:
+        self.m.pass_by(BUFFERS, group.sent)
+        self.m.take(BUFFERS, group.whole)
+
+    def ask(self, stage: Stage, number: int) -> None:
+        """Gather ahead what the backward pass needs after group `number`."""
+        if number == 0:
+            return
+        group = stage.groups[number - 1]
+        if not group.is_whole and not group.coming and group.ranks > 1:
+            self.fetch(group)
+            group.coming = True
+
+    def drop(self, group: Group) -> None:
+        if group.is_whole:
+            self.m.give(GATHERED, group.whole)
+            group.is_whole = False
+
+    def after(self, stage: Stage, group: Group, reduces: bool) -> None:
+        """A group's gradients are found."""
+        if self.config.parallel.pp > 1:
+            self.add_up(group)
+            return
+        self.drop(group)
+        if reduces:
+            self.reduce(stage, group)
+        else:
+            self.add_up(group)
+
+    def add_up(self, group: Group) -> None:
+        """Keep them for the micro-batches to come, in fp32."""
+        if not group.summed:
+            self.m.take(GRADIENTS, group.gradients_wide - group.gradients)
+        else:
+            self.m.give(GRADIENTS, group.gradients)
+        group.summed = True
+
+    def reduce(self, stage: Stage, group: Group) -> None:
+        m = self.m
+        m.give(BUFFERS, stage.reducing)
+        m.pass_by(BUFFERS, group.largest_inside)
+        stage.reducing = group.reduced * group.ranks
+        m.take(BUFFERS, stage.reducing)
+        held = group.gradients
+        if group.summed:
+            m.give(GRADIENTS, group.gradients_wide)
+        else:
+            m.give(GRADIENTS, held)
+        group.summed = False
+        m.take(SHARDS, group.reduced)
+        if group.shards != group.reduced:
+            m.take(SHARDS, group.shards)
+            m.give(SHARDS, group.reduced)
+
+    def reduce_all(self, stage: Stage) -> None:
+        for group in stage.groups[::-1]:
+            self.drop(group)
+            self.reduce(stage, group)
+        self.m.give(BUFFERS, stage.reducing)
+        stage.reducing = 0.0
+
+
+def uses(
+    model: Transformer, config: TrainConfig, axis_sizes: dict[str, int], device: str,
+    state_bytes: StateBytes,
+) -> list[Use]:  # fmt: skip
+    """Of the rank with most tokens and weights, for every rank of the axis pp.
+
+    Args:
+        model: whole, on the meta device.
+        axis_sizes: by `mesh.sizes`.
+        device: "cpu" or "cuda".
+    """
+    weights = divided(model, config, state_bytes)
+    return [
+        Walk(model, weights, config, axis_sizes, device, rank).use()
+        for rank in range(config.parallel.pp)
+    ]
