@@ -53,7 +53,8 @@ def main() -> int:
         for way, kills in (("elastic", options.kills // 2), ("srun", -(-options.kills // 2))):
             whole, killed = folder / f"{way}_whole", folder / f"{way}_killed"
             began = time.monotonic()
-            assert all(p.wait() == 0 for p in srun(whole, way, options)), "a run that nobody killed"
+            statuses = [process.wait() for process in srun(whole, way, options)]
+            assert not any(statuses), [lines(whole, rank) for rank in range(RANKS)]
             seconds = time.monotonic() - began
             print(f"{way}, never killed: {options.steps} steps in {seconds:.0f} s")
             moments = Moments(draw, seconds, options, kills)
@@ -105,6 +106,7 @@ def elastic(run: Path, kills: int, moments: Moments, options: Options) -> bool:
     with log.open("w") as file:
         agent = start([*words, *train(run, "elastic", options)], os.environ, file)
     dead: list[int] = []
+    known = 0
     for n in range(kills):
         ranks = wait_for_ranks(agent, gone=dead)
         when = moments.wait(run)
@@ -124,7 +126,9 @@ def elastic(run: Path, kills: int, moments: Moments, options: Options) -> bool:
             agent.terminate()
             agent.wait()
             return False
-    return agent.wait() == 0
+    if agent.wait():
+        print(f"  the agent ended with {agent.returncode}", log.read_text()[known:], sep="\n")
+    return agent.returncode == 0
 
 
 def wait_for_ranks(agent: subprocess.Popen, gone: list[int]) -> dict[int, int]:
@@ -158,14 +162,20 @@ def by_themselves(run: Path, kills: int, moments: Moments, options: Options) -> 
         errors = [lines(run, rank) for rank in range(RANKS) if rank != victim]
         named = [f"rank {victim} " in error for error in errors]
         right = all(named) and sorted(statuses) == [-signal.SIGKILL, 1, 1, 1]
-        good &= right and took < options.timeout_seconds
+        right &= took < options.timeout_seconds
+        good &= right
         found = store.newest(run)
         print(f"  kill {n + 1}: rank {victim} {when}; whole: {found and found.name}; the others "
               f"ended {took:.1f} s later with {statuses}, "
-              f"{'all name it' if right else 'NOT NAMED'}")  # fmt: skip
+              f"{'all name it' if right else 'WRONG'}")  # fmt: skip
         if not right:
             print(*errors, sep="\n")
-    return good and all(process.wait() == 0 for process in srun(run, "srun", options))
+    statuses = [process.wait() for process in srun(run, "srun", options)]
+    if any(statuses):
+        print(
+            f"  nobody killed: {statuses}", *(lines(run, rank) for rank in range(RANKS)), sep="\n"
+        )
+    return good and not any(statuses)
 
 
 def lines(run: Path, rank: int) -> str:

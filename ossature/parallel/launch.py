@@ -97,11 +97,12 @@ def launched(
 @contextmanager
 def _watched(place: Place, timeout_seconds: int, stopping: Callable[[], bool]) -> Iterator[Store]:
     """The store where the ranks met, while each watches another; the group is destroyed after."""
-    store = meet(place, timeout_seconds)
+    store = meet(place, timeout_seconds, stopping)
     watch = Watch(place, timeout_seconds)
     watch.start()
     lost = False
     try:
+        watch.wait_for_all(stopping)
         yield store
     except BaseException as error:
         lost = is_communication(error)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -32,30 +33,45 @@ class RankLost(ConnectionError):
     """Another rank is gone; the message says what is known."""
 
 
-def meet(place: Place, timeout_seconds: int, *, may_host: bool = True) -> Store:
+def meet(place: Place, timeout_seconds: int, stopping: Callable[[], bool] = lambda: False) -> Store:
     """A connection to the store where the ranks meet; rank 0 opens it, unless torchrun has.
-
-    Args:
-        may_host: False for one more connection of a rank that has one.
 
     Raises:
         OSError: nobody answers there in time, or the port is taken.
+        RankLost: this process is told to end meanwhile.
     """
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    host = may_host and place.rank == 0 and not agent
-    wait = timedelta(seconds=0.8 * timeout_seconds)
-    try:
-        store = TCPStore(place.address, place.port, None, host, wait, wait_for_workers=False)
-    except dist.DistError as error:
-        where = f"MASTER_ADDR:MASTER_PORT ({place.address}:{place.port})"
-        if host:
+    where = f"MASTER_ADDR:MASTER_PORT ({place.address}:{place.port})"
+    whole = timedelta(seconds=timeout_seconds)
+    if place.rank == 0 and not agent:
+        try:
+            return _connect(place, whole, whole, host=True)
+        except dist.DistError as error:
             raise OSError(f"rank 0 cannot open {where}: {_first_line(error)}") from error
-        missing = "torchrun's agent" if agent else "rank 0"
-        raise OSError(
-            f"rank {place.rank} ends: {missing} has not come to {where} for "
-            f"{wait.total_seconds():.0f} s"
-        ) from error
+    # A plain socket first: torch's own would hear nothing else meanwhile, and log every attempt.
+    deadline = time.monotonic() + 0.8 * timeout_seconds
+    missing = "torchrun's agent" if agent else "rank 0"
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), timeout=2).close()
+            return _connect(place, whole, whole)
+        except (OSError, dist.DistError) as error:
+            if stopping():
+                raise RankLost(f"rank {place.rank} was told to end before {missing} came") from None
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"rank {place.rank} ends: {missing} has not come to {where} for "
+                    f"{0.8 * timeout_seconds:.0f} s: {_first_line(error)}"
+                ) from error
+            time.sleep(0.2)
+
+
+def _connect(place: Place, wait: timedelta, later: timedelta, host: bool = False) -> Store:
+    """One connection, opened within `wait`; each request takes at most `later`."""
+    store = TCPStore(place.address, place.port, None, host, wait, wait_for_workers=False)
+    store.set_timeout(later)
     # torchrun's store outlives a restart: what ranks of an earlier start wrote there is theirs.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else "0"
     return PrefixStore(f"ossature/{attempt}", store)
 
@@ -74,8 +90,8 @@ class Watch(threading.Thread):
         self.interval = min(timeout_seconds / 10, 5)
         self.left = threading.Event()
         # A connection of its own: the main thread may be waiting on the other one.
-        self.store = meet(place, timeout_seconds, may_host=False)
-        self.store.set_timeout(timedelta(seconds=timeout_seconds / 2))
+        whole = timedelta(seconds=timeout_seconds)
+        self.store = _connect(place, whole, whole / 2)
 
     def run(self) -> None:
         place, following = self.place, (self.place.rank + 1) % self.place.world
@@ -99,6 +115,18 @@ class Watch(threading.Thread):
                 end(f"{found}; rank {place.rank} ends")
             self.left.wait(self.interval)
 
+    def wait_for_all(self, stopping: Callable[[], bool]) -> None:
+        """Until every rank has come; the thread ends this process if one does not in time.
+
+        Raises:
+            RankLost: this process is told to end meanwhile.
+        """
+        self.store.add("came", 1)
+        while self.store.add("came", 0) < self.place.world:
+            if stopping():
+                raise RankLost(f"rank {self.place.rank} was told to end before all ranks had come")
+            time.sleep(0.2)
+
     def announce(self, what: str) -> None:
         """Tell all ranks why they end; the first one to say something is heard."""
         with contextlib.suppress(dist.DistError):  # without a store they notice that
@@ -113,6 +141,8 @@ class Watch(threading.Thread):
         Raises:
             RankLost: this process is told to end meanwhile, as torchrun does with the other ranks.
         """
+        if isinstance(error, RankLost):
+            return
         if not is_communication(error):
             self.announce(f"rank {self.place.rank} failed: {_first_line(error)}")
             return

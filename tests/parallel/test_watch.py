@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -117,6 +118,20 @@ def test_rank_0_that_never_comes_is_named(ended):
     place = Place(1, 1, 2, "127.0.0.1", 9, True)
     with pytest.raises(OSError, match=r"^rank 1 ends: rank 0 has not come to .*127.0.0.1:9"):
         meet(place, 1)
+
+
+def test_who_waits_for_others_can_be_told_to_end(ranks):
+    """torchrun's agent does so after a rank has died at the start."""
+    with pytest.raises(RankLost, match="rank 1 was told to end before rank 0 came"):
+        meet(Place(1, 1, 2, "127.0.0.1", 9, True), 30, lambda: True)
+    with pytest.raises(RankLost, match="rank 2 was told to end before all ranks had come"):
+        ranks[2].wait_for_all(lambda: True)
+    came = [threading.Thread(target=one.wait_for_all, args=(lambda: False,)) for one in ranks[:2]]
+    for thread in came:
+        thread.start()
+    for thread in came:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in came)
 
 
 @pytest.mark.slow
