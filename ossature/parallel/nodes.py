@@ -1,4 +1,4 @@
-"""`ossature launch ... -- COMMAND`: start the ranks of this node, and meet those of the others.
+"""`ossature launch ... COMMAND`: start the ranks of this node, and meet those of the others.
 
 A thin layer over torchrun: its agent starts one process a GPU, ends all of them when one dies, and
 starts them again as often as it may.  The nodes are described by a file of the form
@@ -49,11 +49,19 @@ KEYS = {name.upper(): name for name in
 
 def main(argv: list[str]) -> int:
     """Run the command on the ranks of this node; its own exit status where all ranks agree."""
-    at = argv.index("--") if "--" in argv else len(argv)
-    launch, command = read(argv[:at], os.environ), argv[at + 1 :]
+    own, command = divide(argv)
+    launch = read(own, os.environ)
     if not command:
-        raise ValueError("launch: say what to run after --, as in: -- train RUN.toml")
+        raise ValueError("launch: say what to run, as in: ossature launch train RUN.toml")
     return start(launch, command)
+
+
+def divide(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our own words, and those of the command: from `--` on, or from the first word after flags."""
+    at = 0
+    while argv[at : at + 1] and argv[at] != "--" and argv[at].startswith("-"):
+        at += 1 if "=" in argv[at] or argv[at] in ("-h", "--help") else 2
+    return argv[:at], argv[at + 1 :] if argv[at : at + 1] == ["--"] else argv[at:]
 
 
 def read(argv: list[str], variables: Mapping[str, str]) -> Launch:
@@ -62,7 +70,7 @@ def read(argv: list[str], variables: Mapping[str, str]) -> Launch:
     Raises:
         ValueError: the file is missing or has an unknown key, or a value is not of its type.
     """
-    file = parse(Launch, argv, prog="ossature launch ... -- COMMAND").config
+    file = parse(Launch, argv, prog="ossature launch ... COMMAND").config
     written = {} if file is None else read_file(file)
     places = dict.fromkeys(written, f"{file}: ")
     for key in KEYS.keys() & variables.keys():

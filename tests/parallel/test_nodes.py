@@ -14,7 +14,7 @@ import pytest
 
 from ossature.checkpoint import store
 from ossature.convert.config import hugging_face_config
-from ossature.parallel.nodes import Launch, agent_words, main, own_address, read
+from ossature.parallel.nodes import Launch, agent_words, divide, main, own_address, read
 from ossature.train.loop import train
 from tests.parallel.test_metrics import agree
 from tests.small_runs import TINY, records, small_run
@@ -77,8 +77,17 @@ def test_a_mistake_in_a_variable_is_named():
 
 
 def test_a_command_must_be_given():
-    with pytest.raises(ValueError, match="say what to run after --"):
+    with pytest.raises(ValueError, match="say what to run, as in"):
         main(["--num-nodes", "1"])
+
+
+@pytest.mark.parametrize("dashes", [["--"], []])
+def test_the_command_begins_after_our_own_flags(dashes):
+    own = ["--num-nodes=2", "--node-rank", "1"]
+    command = ["train", "run.toml", "--run", "a", "--num-nodes", "7", "--", "x"]
+    assert divide([*own, *dashes, *command]) == (own, command)
+    assert divide([*dashes, *command]) == ([], command)
+    assert divide(own) == (own, [])
 
 
 def test_node_0_alone_opens_the_place_where_nodes_meet():
