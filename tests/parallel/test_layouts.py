@@ -18,6 +18,7 @@ def test_four_ranks_of_many_axes_find_what_one_process_finds():
     layouts = [
         Layout({"cp": 2, "tp": 2}),
         Layout({"cp": 2, "ep": 4}),  # ep borrows from dp_shard x cp
+        Layout({"cp": 2, "etp": 2}),
         Layout({"cp": 2, "tp": 2, "ep": 4}),
         Layout({"cp": 2, "tp": 2, "etp": 2}, changes={"recompute": "selective"}),
         Layout({"pp": 2, "tp": 2, "ep": 2}, DEEP),

@@ -50,7 +50,7 @@ def test_stages_of_shards_and_stages_of_split_rows_find_the_numbers_of_one_proce
 def test_every_schedule_goes_with_every_other_axis(schedule):
     axes = [{"cp": 2}, {"tp": 2}, {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2}]
     if schedule != "DualPipeV":  # it needs more micro-batches than two ranks have of 8 rows
-        axes += [{"dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 1}, {"ep": 2}]
+        axes += [{"dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 1}, {"ep": 2}, {"etp": 2}]
     assert_equal(4, *({"pp": 2, "pp_schedule": schedule, **given} for given in axes))
 
 
