@@ -25,7 +25,7 @@ from ossature.model.transformer import Transformer
 
 def load_model(
     folder: Path | str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: torch.device | str = "cpu",
     *,
     attention_form: Form = "fast",
@@ -35,6 +35,9 @@ def load_model(
 
     The weights are read piece by piece into their final dtype and device.
 
+    Args:
+        dtype: None keeps what each weight is stored in.
+
     Raises:
         UnknownTensor, ValueError: the folder is damaged, or is not of this architecture.
     """
@@ -43,7 +46,7 @@ def load_model(
         with torch.device("meta"):
             model = Transformer(source.config, attention_form=attention_form, moe_form=moe_form)
         state = {
-            name: torch.empty(shape, dtype=dtype, device=device)
+            name: torch.empty(shape, dtype=dtype or source.spec(name).dtype, device=device)
             for name, shape in shapes(source.config).items()
         }
 

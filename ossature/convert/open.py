@@ -34,7 +34,7 @@ from ossature.parallel.weights import own_box
 def open_model(
     folder: Path | str,
     parallel: ParallelConfig,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     ranks: Ranks,
     device: torch.device | str | None = None,
 ) -> Transformer:
@@ -44,6 +44,8 @@ def open_model(
     the bit, so that all draw the same token.
 
     Args:
+        dtype: of all weights and the computation; None keeps what each weight is stored in, for
+            models that are not called.
         device: default: the rank's own.
 
     Raises:
@@ -61,7 +63,9 @@ def open_model(
     try:
         check(run, source.config)
         with torch.device("meta"):
-            model = Transformer(source.config).to(dtype)
+            model = Transformer(source.config)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype or source.spec(name).dtype)
         # Frozen: FSDP then leaves alone what is on one rank, and would be there twice.
         model.requires_grad_(False)
         parallelize(model, meshes.build(sizes, device.type), run)
