@@ -14,7 +14,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ossature import convert
+    from ossature import convert, recipes
+    from ossature.bridge import AutoBridge
     from ossature.convert.model import load_model, save_model
     from ossature.model.config import ModelConfig
     from ossature.model.transformer import Transformer
@@ -22,16 +23,19 @@ if TYPE_CHECKING:
     from ossature.train.loss import language_model_loss
 
 __all__ = [
+    "AutoBridge",
     "ModelConfig",
     "Transformer",
     "convert",
     "generate",
     "language_model_loss",
     "load_model",
+    "recipes",
     "save_model",
 ]
 
 _HOMES = {
+    "AutoBridge": "ossature.bridge",
     "ModelConfig": "ossature.model.config",
     "Transformer": "ossature.model.transformer",
     "generate": "ossature.sample.generate",
@@ -42,8 +46,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "convert":
-        return importlib.import_module("ossature.convert")
+    if name in ("convert", "recipes"):
+        return importlib.import_module(f"ossature.{name}")
     if name == "__version__":
         from importlib.metadata import version
 
