@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from ossature.config import ParallelConfig
 from ossature.recipes import AXES
@@ -127,9 +128,8 @@ class Provider:
 
     def __init__(self, bridge: AutoBridge) -> None:
         axes = ParallelConfig()
-        self.__dict__ |= {axis: getattr(axes, axis) for axis in OURS}
-        self.__dict__["bridge"] = bridge
-        self.__dict__ |= {"dtype": torch.bfloat16, "sequence_parallel": None}
+        given = {axis: getattr(axes, axis) for axis in OURS}
+        self.__dict__.update(given, bridge=bridge, dtype=torch.bfloat16, sequence_parallel=None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         name = AXES.get(name, name)
@@ -160,7 +160,8 @@ class Provider:
             raise ValueError(
                 f"sequence_parallel must be True when tp is {axes.tp}: it is on with tp"
             )
-        mesh.sizes(axes, environment().world)
+        world = dist.get_world_size() if dist.is_initialized() else environment().world
+        mesh.sizes(axes, world)
         mesh.check_model(axes, self.bridge.config, seq_len=2 * axes.cp * axes.tp)
         return axes
 
