@@ -1,11 +1,11 @@
-"""A small chat set that teaches something: sums and look-ups, with thinking, by seed.
+"""A small chat set that teaches something: sums and look-ups, with thinking.
 
-    python examples/make_chats.py FOLDER [--train 6000] [--questions 120] [--seed 1]
+    python examples/make_chats.py FOLDER [--train 6000] [--seed 1]
 
 FOLDER/train.jsonl has conversations in the shape `messages`; FOLDER/questions.jsonl has questions
-that are in none of them, with their answers.  A sum is asked in several wordings: of a question
-held out, neither the wording nor the numbers are new, only the two together.  In a look-up the
-list itself is new each time.
+that are in none of them, with their answers.  Every sum and every fact is asked in four wordings,
+one of which is held out: of a held-out question neither the wording nor the numbers are new, but
+only the two together.
 """
 
 import argparse
@@ -16,61 +16,60 @@ from pathlib import Path
 SUMS = (
     "What is {a} + {b}?",
     "Add {a} and {b}.",
-    "Tom has {a} pens and finds {b} more. How many pens has he?",
-    "{a} birds sit on a tree, {b} come. How many are there?",
-    "I read {a} pages, then {b} pages. How many pages did I read?",
+    "{a} birds sit, {b} come. How many?",
+    "I read {a} pages, then {b} pages. How many?",
 )
-NAMES = ("red", "blue", "green", "black", "white", "pink")
+LOOK_UPS = (
+    "Which number has {name}?",
+    "Give me the number of {name}.",
+    "Look up {name}.",
+    "{name} is in the list. What number?",
+)
+NAMES = ("red", "blue", "green", "list", "name", "file", "line", "test", "time", "path")
 
 
-def a_sum(rng: random.Random) -> tuple[str, str, str]:
-    """Question, thinking, answer."""
-    a, b = rng.randrange(10), rng.randrange(10)
-    return rng.choice(SUMS).format(a=a, b=b), f"{a} + {b} = {a + b}", str(a + b)
-
-
-def a_look_up(rng: random.Random) -> tuple[str, str, str]:
-    names = rng.sample(NAMES, 3)
-    numbers = [rng.randrange(10) for _ in names]
-    listed = ", ".join(f"{name} {number}" for name, number in zip(names, numbers, strict=True))
-    n = rng.randrange(3)
-    question = f"The boxes: {listed}. Which number has {names[n]}?"
-    return question, f"{names[n]} {numbers[n]}", str(numbers[n])
+def questions(rng: random.Random) -> list[list[tuple[str, str, str, str]]]:
+    """Of every sum and fact its wordings: kind, question, thinking, answer."""
+    found = []
+    for a in range(6):
+        for b in range(6):
+            total = str(a + b)
+            texts = [wording.format(a=a, b=b) for wording in SUMS]
+            found.append([("sum", text, f"{a} + {b} = {total}", total) for text in texts])
+    for name, number in zip(NAMES, rng.sample(range(10), len(NAMES)), strict=True):
+        texts = [wording.format(name=name) for wording in LOOK_UPS]
+        found.append([("look-up", text, f"{name} has {number}", str(number)) for text in texts])
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=6000)
-    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--train", type=int, default=6000, help="conversations")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     rng = random.Random(options.seed)
-    held_out: dict[str, tuple[str, str]] = {}
-    while len(held_out) < options.questions:
-        kind = ("sum", "look-up")[len(held_out) % 2]
-        question, _, answer = (a_sum if kind == "sum" else a_look_up)(rng)
-        held_out[question] = kind, answer
+    train, held_out = [], []
+    for n, wordings in enumerate(questions(rng)):
+        held_out.append(wordings.pop(n % len(wordings)))
+        train += wordings
     options.folder.mkdir(parents=True, exist_ok=True)
     with (options.folder / "questions.jsonl").open("w", encoding="utf-8") as file:
-        for question, (kind, answer) in held_out.items():
+        for kind, question, _, answer in held_out:
             row = {"question": question, "answer": answer, "kind": kind}
             file.write(json.dumps(row) + "\n")
-    written = 0
     with (options.folder / "train.jsonl").open("w", encoding="utf-8") as file:
-        while written < options.train:
-            question, thinking, answer = rng.choice((a_sum, a_look_up))(rng)
-            if question in held_out:
-                continue
+        for _ in range(options.train):
+            _, question, thinking, answer = rng.choice(train)
             messages = [
                 {"role": "user", "content": question},
                 {"role": "assistant", "thinking": thinking, "content": answer},
             ]
             file.write(json.dumps({"messages": messages, "reasoning_effort": "low"}) + "\n")
-            written += 1
-    print(f"{options.folder}: {written} conversations, {len(held_out)} questions held out")
+    print(
+        f"{options.folder}: {options.train} conversations on {len(train)} questions, "
+        f"{len(held_out)} others held out"
+    )
 
 
 if __name__ == "__main__":
