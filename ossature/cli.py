@@ -20,6 +20,7 @@ from typing import NoReturn
 STAGES: dict[str, list[tuple[str, str, str]]] = {
     "Data": [
         ("data build", "ossature.data.build:build", "turn text into shards of tokens"),
+        ("data chat", "ossature.data.chat:chat", "turn conversations into packed rows with masks"),
     ],
     "Training": [
         ("train", "ossature.train.command:main", "train a model; the same under torchrun"),

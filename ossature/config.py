@@ -19,7 +19,7 @@ from ossature.arguments import parse as parse
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: Path | None = None
-    """Folder made by `ossature data build`, or a prefix with .bin and .idx."""
+    """Folder made by `ossature data build` or `data chat`, or a prefix with .bin and .idx."""
     blend: tuple[str, ...] = ()
     """Several corpora: "path path ..." or "weight path weight path ..."; instead of path."""
     train_blend: tuple[str, ...] = ()

@@ -7,28 +7,32 @@ neither the number of workers nor a restart changes a byte.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ossature.data import vocabulary, workers
 from ossature.data.blend import split_documents
-from ossature.data.build import Options, num_workers
+from ossature.data.build import Options
 from ossature.data.corpus import MANIFEST, split_prefix
 from ossature.data.encoder import RANKS_FILE, prepare
+from ossature.data.folder import (
+    finish,
+    hashes_of,
+    locked,
+    num_workers,
+    refuse_existing,
+    sha256,
+    shown,
+)  # fmt: skip
 from ossature.data.indexed import Writer, index_path, tokens_path
 from ossature.data.parts import Job, Record, make, tokens_and_lengths
 from ossature.data.sources import Part, cut, documents, find
@@ -46,23 +50,24 @@ def build_folder(options: Options) -> dict[str, Any]:
         RuntimeError: a worker died.
     """
     began, output = time.monotonic(), options.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: exists and is not an empty folder")
+    refuse_existing(output)
     found = find(options.inputs)
     parts = cut(found.sources)
     if not parts or not any(source.size_bytes for source in found.sources):
         raise ValueError(f"{', '.join(options.inputs)}: no text in it")
     partial = output.with_name(f"{output.name}.partial")
-    with _locked(partial):
+    with locked(partial):
         tokenizer, tokenizer_folder = _tokenizer(options, parts, partial)
-        sha256 = tokenizer.sha256()
+        digest = tokenizer.sha256()
         (partial / "parts").mkdir(exist_ok=True)
         jobs = [
-            Job(part, f"{partial}/parts", str(tokenizer_folder), sha256, options.text_key)
+            Job(part, f"{partial}/parts", str(tokenizer_folder), digest, options.text_key)
             for part in parts
         ]
-        with _hashes([source.path for source in found.sources]) as hashes:
-            records = _make_all(jobs, num_workers(options))
+        with hashes_of([source.path for source in found.sources]) as hashes:
+            sizes = [_size(job.part) for job in jobs]
+            run = workers.run(make, jobs, num_workers(options.workers), lambda job: job.part.name)
+            records = shown(run, sizes, "tokenizing")
             source_hashes = [future.result() for future in hashes]
         folder = partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +78,7 @@ def build_folder(options: Options) -> dict[str, Any]:
             "text_key": options.text_key,
             "tokenizer": {
                 "name": "trained" if options.train_tokenizer else _name(options),
-                "sha256": sha256,
+                "sha256": digest,
                 "vocab_size": tokenizer.vocab_size,
                 "end_of_document": tokenizer.end_of_document,
             },
@@ -82,14 +87,12 @@ def build_folder(options: Options) -> dict[str, Any]:
             "empty_documents": sum(record.empty for record in records),
             "ignored_files": found.ignored,
             "sources": [
-                {"path": source.path, "bytes": source.size_bytes, "sha256": digest}
-                for source, digest in zip(found.sources, source_hashes, strict=True)
+                {"path": source.path, "bytes": source.size_bytes, "sha256": found_digest}
+                for source, found_digest in zip(found.sources, source_hashes, strict=True)
             ],
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-        for path in folder.iterdir():
-            _sync(path)
-        folder.rename(output)
+        finish(folder, output)
         shutil.rmtree(partial)
     _summary(manifest, records, time.monotonic() - began, output)
     return manifest
@@ -97,23 +100,6 @@ def build_folder(options: Options) -> dict[str, Any]:
 
 def _name(options: Options) -> str:
     return options.tokenizer or "o200k_harmony"
-
-
-@contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Hold the folder of work; a second build of the same output would spoil it."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{partial}: another build is at work there") from None
-        try:
-            yield
-        except BaseException:
-            if [path.name for path in partial.iterdir()] == ["lock"]:  # no work to keep
-                shutil.rmtree(partial)
-            raise
 
 
 def _tokenizer(options: Options, parts: Sequence[Part], partial: Path) -> tuple[Tokenizer, Path]:
@@ -149,44 +135,6 @@ def _training_texts(parts: Sequence[Part], text_key: str) -> Iterator[str]:
                 return
 
 
-@contextmanager
-def _hashes(paths: Sequence[str]) -> Iterator[list[Any]]:
-    """Futures of the hashes of files, computed by a thread while the workers encode."""
-
-    def sha256(path: str) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            yield [pool.submit(sha256, path) for path in paths]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _make_all(jobs: Sequence[Job], num_workers: int) -> list[Record]:
-    """Make every part; a line shows how far and how fast."""
-    records: dict[int, Record] = {}
-    sizes = [_size(job.part) for job in jobs]
-    columns = [
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%  {task.fields[rate]}"),
-        TimeRemainingColumn(),
-    ]
-    console = Console(stderr=True)
-    hidden = not console.is_terminal  # else a file gets an empty line
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        bar = progress.add_task("tokenizing", total=sum(sizes), rate="")
-        began, made = time.monotonic(), 0
-        for n, record in workers.run(make, jobs, num_workers, lambda job: job.part.name):
-            records[n] = record
-            made += 0 if record.found else record.tokens
-            rate = f"{made / (time.monotonic() - began):,.0f} tokens/s"
-            progress.update(bar, advance=sizes[n], rate=rate)
-    return [records[n] for n in range(len(jobs))]
-
-
 def _size(part: Part) -> int:
     """Bytes, or for tables units: only shares of the whole are shown."""
     return part.stop - part.start or sum(source.size_bytes for source in part.sources)
@@ -215,15 +163,8 @@ def _write_splits(
         writer.close()
         splits[split] = {"documents": writer.num_documents, "tokens": writer.num_tokens}
         for path in (tokens_path(prefix), index_path(prefix)):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            splits[split][f"{path.suffix[1:]}_sha256"] = digest
+            splits[split][f"{path.suffix[1:]}_sha256"] = sha256(path)
     return splits
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _summary(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +65,3 @@ def build(argv: list[str]) -> int:
         )
         return 130
     return 0
-
-
-def num_workers(options: Options) -> int:
-    """Processes to use: as asked, or the cores this process may run on."""
-    if options.workers:
-        return options.workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,8 +20,13 @@ from ossature.data.harmony import CHANNELS, IDENTITY, Conversation, Message
 
 Shape = Literal["messages", "completion", "alpaca", "sharegpt"]
 SHAPES: tuple[Shape, ...] = ("messages", "completion", "alpaca", "sharegpt")
+NEEDED: dict[Shape, tuple[str, ...]] = {
+    "messages": ("messages",), "completion": (), "alpaca": ("instruction", "output"), "sharegpt":
+    ("conversations",),
+}  # fmt: skip
 PAIRS = (("prompt", "completion"), ("input", "output"), ("question", "answer"))
 SETTINGS = ("reasoning_effort", "model_identity")
+EFFORTS = ("low", "medium", "high")
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot":
     "assistant", "model": "assistant", "chatgpt": "assistant", "system": "developer",
@@ -60,6 +65,9 @@ def conversation(record: dict[str, Any], shape: Shape, ignore: frozenset[str]) -
         ValueError: a key, role or value that is not as it must be; in one sentence.
     """
     rest = {key: value for key, value in record.items() if key not in ignore}
+    for key in NEEDED[shape]:
+        if rest.get(key) is None:
+            raise ValueError(f"no key {key!r}, which a record of shape {shape} has")
     if shape == "messages":
         messages = list(_messages(_list(rest.pop("messages", None), "messages")))
     elif shape == "sharegpt":
@@ -68,15 +76,25 @@ def conversation(record: dict[str, Any], shape: Shape, ignore: frozenset[str]) -
         messages = _alpaca(rest)
     else:
         messages = list(_completion(rest))
-    settings = dict(rest.pop("chat_template_kwargs", None) or {})
+    settings = rest.pop("chat_template_kwargs", None) or {}
+    if not isinstance(settings, dict):
+        raise ValueError("chat_template_kwargs must be an object")
+    settings = {key: value for key, value in settings.items() if value is not None}
     settings |= {key: rest.pop(key) for key in SETTINGS if rest.get(key) is not None}
-    tools = rest.pop("tools", None) or ()
-    if isinstance(tools, str):
-        tools = json.loads(tools)
+    tools = _parsed(rest.pop("tools", None) or [], "tools")
+    if not isinstance(tools, list):
+        raise ValueError("tools must be a list")
     unknown = [key for key in rest if rest[key] is not None]
     unknown += [key for key in settings if key not in SETTINGS]
     if unknown:
         raise ValueError(f"key {unknown[0]!r} has no meaning here (--ignore {unknown[0]})")
+    for key, value in settings.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{key} must be a text, not {type(value).__name__}")
+    if settings.get("reasoning_effort", "medium") not in EFFORTS:
+        raise ValueError(
+            f"reasoning_effort {settings['reasoning_effort']!r} must be {', '.join(EFFORTS)}"
+        )
     _check(messages)
     return Conversation(
         tuple(messages),
@@ -117,7 +135,7 @@ def _messages(given: list[Any]) -> Iterator[Message]:
         elif role == "user":
             yield Message("user", _text(entry, n))
         elif role == "tool":
-            name = entry.get("name") or called.removeprefix("functions.")
+            name = _plain(entry.get("name") or called.removeprefix("functions."), n)
             text, kind = _result(entry.get("content"), n)
             yield Message("tool", text, author=_function(name), content_type=kind)
         elif role == "assistant":
@@ -136,13 +154,16 @@ def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
         raise ValueError(f"message {n}: channel {channel!r} must be {', '.join(CHANNELS)}")
     thinking = [entry[key] for key in ("thinking", "reasoning_content") if entry.get(key)]
     calls = entry.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError(f"message {n}: tool_calls must be a list")
     content = entry.get("content") or ""
     if content:
         content = _text(entry, n)
     if len(thinking) > 1:
         raise ValueError(f"message {n}: has both thinking and reasoning_content")
     if entry.get("recipient"):
-        yield Message("assistant", content, channel or "commentary", _function(entry["recipient"]))
+        recipient = _function(_plain(entry["recipient"], n))
+        yield Message("assistant", content, channel or "commentary", recipient)
         return
     if calls and content and thinking and not channel:
         raise ValueError(
@@ -154,15 +175,20 @@ def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
         if content:  # as the published template reads it
             yield Message("assistant", content, channel or "analysis")
         for call in calls:
-            call = call.get("function", call)
+            call = call.get("function", call) if isinstance(call, dict) else call
+            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+                raise ValueError(f"message {n}: a tool call has no name")
             arguments = call.get("arguments", {})
             if not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
-            kind = call.get("content_type", "json")
+            kind = call.get("content_type") or "json"
+            name = _function(call["name"])
             yield Message(
-                "assistant", arguments, "commentary", _function(call["name"]), content_type=kind
+                "assistant", _plain(arguments, n), "commentary", name, content_type=_plain(kind, n)
             )
     elif content or not thinking:
+        if "content" not in entry:
+            raise ValueError(f"message {n}: the assistant says nothing: no content")
         yield Message("assistant", content, channel or "final")
 
 
@@ -172,9 +198,12 @@ def _function(name: str) -> str:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = tool.get("function", tool)
-    if "name" not in function:
+    function = tool.get("function", tool) if isinstance(tool, dict) else tool
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool has no name")
+    parameters = function.get("parameters") or {}
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("properties") or {}, dict):
+        raise ValueError(f"tool {function['name']}: parameters must be a JSON schema")
     return function
 
 
@@ -190,8 +219,9 @@ def _result(content: Any, n: int) -> tuple[str, str]:
 def _text(entry: dict[str, Any], n: int) -> str:
     content = entry.get("content")
     if isinstance(content, list):  # parts, as OpenAI's API has them
-        parts = [part.get("text") for part in content if part.get("type", "text") == "text"]
-        if len(parts) < len(content) or None in parts:
+        kinds = [isinstance(part, dict) and part.get("type", "text") == "text" for part in content]
+        parts = [part.get("text") for part, kind in zip(content, kinds, strict=True) if kind]
+        if not all(kinds) or not all(isinstance(part, str) for part in parts):
             raise ValueError(f"message {n}: has content that is not text")
         content = "".join(parts)
     if not isinstance(content, str):
@@ -214,9 +244,18 @@ def _plain(content: Any, n: int) -> str:
     return content
 
 
+def _parsed(value: Any, key: str) -> Any:
+    """Some files keep a list as a text of JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{key} is a text that is no JSON: {error.msg}") from None
+
+
 def _list(value: Any, key: str) -> list[Any]:
-    if isinstance(value, str):
-        value = json.loads(value)
+    value = _parsed(value, key)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{key} must be a list of messages")
     return value
@@ -232,7 +271,7 @@ def _sharegpt(rest: dict[str, Any]) -> Iterator[Message]:
         unknown = [key for key in entry if key not in ("from", "value")]
         if unknown:
             raise ValueError(f"message {n}: key {unknown[0]!r} has no meaning here")
-        if entry["from"] not in ROLES:
+        if not isinstance(entry["from"], str) or entry["from"] not in ROLES:
             raise ValueError(f"message {n}: 'from' {entry['from']!r} is no role we know")
         entries.append({"role": ROLES[entry["from"]], "content": entry["value"]})
     return _messages(entries)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from ossature.data.indexed import IndexedTokens, index_path, tokens_path
 MANIFEST = "manifest.json"
 SAMPLE_BYTES = 2**16
 WHOLE = "whole"
+
+
+class Packing(NamedTuple):
+    """That the rows of a corpus were put together when it was made, by `ossature data chat`."""
+
+    num_rows: int
+    seq_len: int
 
 
 class Corpus:
@@ -31,11 +38,13 @@ class Corpus:
         *,
         vocab_size: int = 0,
         sha256: str = "",
+        packing: Packing | None = None,
     ) -> None:
         self.name = str(file.prefix)
         self.file, self.split = file, split
         self.vocab_size = vocab_size  # of the tokenizer that made it; 0: not known
-        self.sha256 = sha256  # of the tokens, as the manifest has it; empty: not known
+        self.sha256 = sha256  # of its files, as the manifest has it; empty: not known
+        self.packing = packing
         self.start = file.document_start(documents.start)
         self.num_tokens = file.document_start(documents.stop) - self.start
         self.num_documents = len(documents)
@@ -63,7 +72,7 @@ class Corpus:
 
 
 def open_corpus(path: Path | str, split: str, shares: str = "") -> Corpus:
-    """A split of a folder made by `ossature data build`, or of a prefix with .bin and .idx.
+    """A split of a folder of `ossature data build` or `data chat`, or of a prefix of .bin and .idx.
 
     Args:
         shares: such as "9999,8,2"; a prefix is split by it (empty: "9999,8,2"), a folder was split
@@ -81,8 +90,8 @@ def open_corpus(path: Path | str, split: str, shares: str = "") -> Corpus:
             raise ValueError(f"{path}: give the prefix {path.with_suffix('')}, without its suffix")
         what = "is a file" if path.exists() else "does not exist"
         raise ValueError(
-            f"{path}: {what}; expected a folder made by `ossature data build` or a prefix with "
-            ".bin and .idx"
+            f"{path}: {what}; expected a folder made by `ossature data build` or `data chat`, or a "
+            "prefix with .bin and .idx"
         )
     file = IndexedTokens(path)
     if shares == WHOLE:
@@ -105,12 +114,18 @@ def _open_folder(folder: Path, split: str, shares: str) -> Corpus:
             raise ValueError(
                 f"{file.prefix}: {number} {key}, but {folder / MANIFEST} says {written}"
             )
+    numbers = manifest["splits"][split]
+    sha256, packing = numbers.get("bin_sha256", ""), None
+    if "rows" in manifest:
+        packing = Packing(numbers["rows"], manifest["rows"]["seq_len"])
+        sha256 = " ".join(numbers[f"{kind}_sha256"] for kind in ("bin", "mask", "rows"))
     return Corpus(
         file,
         range(file.num_documents),
         split,
         vocab_size=manifest["tokenizer"]["vocab_size"],
-        sha256=manifest["splits"][split].get("bin_sha256", ""),
+        sha256=sha256,
+        packing=packing,
     )
 
 
@@ -127,11 +142,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder}: no {MANIFEST}: not a folder made by `ossature data build`")
+        raise ValueError(
+            f"{folder}: no {MANIFEST}: not a folder made by `ossature data build` or `data chat`"
+        )
     try:
         manifest = json.loads(path.read_text("utf-8"))
         _ = manifest["split"], manifest["tokenizer"]["vocab_size"]
-        _ = [(numbers["tokens"], numbers["documents"]) for numbers in manifest["splits"].values()]
+        needed = {"tokens", "documents"}
+        if "rows" in manifest:  # of `ossature data chat`
+            needed |= {"rows", "bin_sha256", "mask_sha256", "rows_sha256"}
+            _ = manifest["rows"]["seq_len"]
+        _ = [numbers[key] for numbers in manifest["splits"].values() for key in needed]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged: {error!r}") from None
     return manifest

@@ -35,6 +35,10 @@ class RankEncoder:
         )
         self.end = [end_of_document]
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `Tokenizer.encode_all`."""
+        return [self.inner.encode_ordinary(text) for text in texts]
+
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokenizer.encode_documents`."""
         ids = [self.inner.encode_ordinary(text) + self.end for text in texts]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from ossature.data.tokenizer import Tokenizer
@@ -124,41 +125,39 @@ def _shown(messages: Sequence[Message], rendering: Rendering, generate: bool) ->
 
 
 def _message(message: Message, number: int, style: Style, last: bool) -> Iterator[Piece]:
-    def piece(text: str, part: str, special: bool = False) -> Piece:
-        return Piece(text, special, number, part)
-
-    yield piece(START, "start", True)
+    piece = partial(Piece, message=number)
+    yield piece(START, True, part="start")
     if message.role == "tool":
-        yield piece(message.author, "start")
-        yield piece(" to=assistant", "header")
-        yield piece(CHANNEL, "header", True)
-        yield piece("commentary", "header")
+        yield piece(message.author, part="start")
+        yield piece(" to=assistant", part="header")
+        yield piece(CHANNEL, True, part="header")
+        yield piece("commentary", part="header")
     elif message.role == "assistant":
-        yield piece("assistant", "start")
+        yield piece("assistant", part="start")
         if message.recipient:
-            yield piece(f" to={message.recipient}", "header")
-        yield piece(CHANNEL, "header", True)
+            yield piece(f" to={message.recipient}", part="header")
+        yield piece(CHANNEL, True, part="header")
         kind = message.content_type if message.recipient else ""
         if kind and style == "openai":
-            yield piece(f"{message.channel} ", "header")
-            yield piece(CONSTRAIN, "header", True)
-            yield piece(kind, "header")
+            yield piece(f"{message.channel} ", part="header")
+            yield piece(CONSTRAIN, True, part="header")
+            yield piece(kind, part="header")
         else:
-            yield piece(f"{message.channel} {kind}".rstrip(), "header")
+            yield piece(f"{message.channel} {kind}".rstrip(), part="header")
     else:
-        yield piece(message.role, "start")
-    yield piece(MESSAGE, "header", True)
+        yield piece(message.role, part="start")
+    yield piece(MESSAGE, True, part="header")
     text = message.text
     if message.role == "tool" and message.content_type == "text" and style == "template":
         text = json.dumps(text, ensure_ascii=False)
     if text:
-        yield piece(text, "body")
+        yield piece(text, part="body")
     end = END
     if message.recipient:
         end = CALL
     elif last and message.channel == "final":
         end = RETURN
-    yield piece(end, "body", True)
+    yield piece(end, True, part="body")
 
 
 def targets(conversation: Conversation, pieces: Sequence[Piece], loss: Loss) -> list[bool]:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ossature.config import DataConfig
 from ossature.data.blend import SPLITS, parse_blend, place, rows_without_repeat
-from ossature.data.corpus import WHOLE, open_corpus
+from ossature.data.corpus import WHOLE, Corpus, open_corpus
 from ossature.data.mock import MockRows
+from ossature.data.packed import EndlessPackedRows, OncePackedRows, PackedRows
 from ossature.data.packing import EndlessRows, OnceRows, Row, Rows, padding_row
 
 
@@ -32,7 +33,8 @@ class Batch(NamedTuple):
     """0, 1, 2, ... along each row; -1 is padding, one run at the end."""
     loss_mask: Bool[Tensor, "batch seq"]
     """True where the token itself is a target: everywhere but at the first token of a row or
-    document and in padding.  The token that ends a document is one like any other."""
+    document and in padding; of conversations, what `ossature data chat` marked.  The token that
+    ends a document is one like any other."""
 
 
 class Loader:
@@ -103,10 +105,9 @@ class Loader:
     def _open(self) -> tuple[list[str], list[Rows], list[int], list[str]]:
         """Names, rows, weights (empty: by size) and fingerprints of the corpora."""
         data, length, separate = self.data, self.data.seq_len, self.data.separate_documents
-        training = self.split == "train"
         data.check()
         if data.mock:
-            key = (SPLITS.index(self.split), self.seed if training else 0)
+            key = (SPLITS.index(self.split), self.seed if self.split == "train" else 0)
             mock = MockRows(self.vocab_size, length, separate, *key)
             return ["mock"], [mock], [1], [f"mock {self.vocab_size}"]
         blends = {
@@ -127,14 +128,27 @@ class Loader:
                     f"{corpus.name}: made with a vocabulary of {corpus.vocab_size}, but the "
                     f"model's vocab_size is {self.vocab_size}"
                 )
-        rows: list[Rows] = [
-            EndlessRows(corpus, length, separate, self.seed, n)
-            if training
-            else OnceRows(corpus, length, separate)
-            for n, corpus in enumerate(corpora)
-        ]
+        rows = [self._rows(corpus, self.seed, n) for n, corpus in enumerate(corpora)]
         prints = [corpus.fingerprint() for corpus in corpora]
         return [corpus.name for corpus in corpora], rows, list(weights or ()), prints
+
+    def _rows(self, corpus: Corpus, *key: int) -> Rows:
+        """Rows of a corpus, in the order of this split."""
+        training, length = self.split == "train", self.data.seq_len
+        separate = self.data.separate_documents
+        if corpus.packing is not None:
+            if corpus.packing.seq_len != length:
+                raise ValueError(
+                    f"{corpus.name}: its rows were made for data.seq_len = "
+                    f"{corpus.packing.seq_len}, not {length}"
+                )
+            packed = PackedRows(corpus, *corpus.packing)
+            if training:
+                return EndlessPackedRows(packed, separate, *key)
+            return OncePackedRows(packed, separate)
+        if training:
+            return EndlessRows(corpus, length, separate, *key)
+        return OnceRows(corpus, length, separate)
 
     def row(self, number: int) -> Row:
         """Row `number` of the global order."""

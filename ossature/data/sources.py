@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ossature.data import tables, text
 
@@ -166,3 +167,36 @@ def documents(part: Part, text_key: str) -> Iterator[str]:
             yield from text.read_jsonl(source.path, part.start, part.stop, text_key)
         else:
             yield from tables.read(source.path, source.kind, part.start, part.stop, text_key)
+
+
+class Entry(NamedTuple):
+    """One record of a file, or why there is none."""
+
+    record: dict[str, Any]
+    error: str
+    """Empty if it is a record."""
+    place: Callable[[], str]
+    """Where it stands, "line 7" or "row 7"; to be asked before the next entry is."""
+
+
+def records(source: Source, start: int = 0, stop: int = 0) -> Iterator[Entry]:
+    """Records of a stretch of a JSONL, Parquet or Arrow file, in order, the bad ones too.
+
+    Raises:
+        ValueError: a file that is damaged as a whole.
+    """
+    if source.kind != "jsonl":
+        for row, record in tables.records(source.path, source.kind, start, stop):
+            place = partial("row {}".format, row)
+            if isinstance(record, dict):
+                yield Entry(record, "", place)
+            else:
+                yield Entry({}, str(record), place)
+        return
+    lines = text.Lines(source.path, start, stop)
+    for line in lines:
+        try:
+            entry = Entry(text.record_of(line), "", lambda: f"line {lines.number()}")
+        except ValueError as error:
+            entry = Entry({}, str(error), lambda: f"line {lines.number()}")
+        yield entry

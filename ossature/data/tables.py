@@ -18,20 +18,40 @@ def num_units(path: str, kind: str) -> int:
 
 def read(path: str, kind: str, start: int, stop: int, text_key: str) -> Iterator[str]:
     """Texts of the units start .. stop - 1 of a file; their rows are counted from 1 in errors."""
+    schema = _parquet(path).schema_arrow if kind == "parquet" else _arrow_stream(path).schema
+    _check_column(path, schema, text_key)
+    for row, batch in _batches(path, kind, start, stop, [text_key]):
+        yield from _texts(path, batch.column(text_key), row, text_key)
+
+
+def records(
+    path: str, kind: str, start: int, stop: int
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Row number, from 1, and the row itself, or why it cannot be read, of the units."""
+    for row, batch in _batches(path, kind, start, stop, None):
+        for n in range(batch.num_rows):
+            try:
+                yield row + n + 1, batch.slice(n, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield row + n + 1, ValueError("not UTF-8")
+
+
+def _batches(
+    path: str, kind: str, start: int, stop: int, columns: list[str] | None
+) -> Iterator[tuple[int, Any]]:
+    """Rows before it in the file, and the batch, of the units start .. stop - 1; 0 to 0 is all."""
+    stop = stop or num_units(path, kind)
     if kind == "parquet":
         file = _parquet(path)
-        _check_column(path, file.schema_arrow, text_key)
         row = sum(file.metadata.row_group(n).num_rows for n in range(start))
         groups = list(range(start, stop))
-        batches = file.iter_batches(BATCH_ROWS, groups, columns=[text_key], use_threads=False)
+        batches = file.iter_batches(BATCH_ROWS, groups, columns=columns, use_threads=False)
     else:
-        stream = _arrow_stream(path)
-        _check_column(path, stream.schema, text_key)
-        numbered = list(enumerate(stream))
+        numbered = list(enumerate(_arrow_stream(path)))
         row = sum(batch.num_rows for n, batch in numbered if n < start)
         batches = (batch for n, batch in numbered if start <= n < stop)
     for batch in batches:
-        yield from _texts(path, batch.column(text_key), row, text_key)
+        yield row, batch
         row += batch.num_rows
 
 

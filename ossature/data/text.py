@@ -7,6 +7,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 PACKED = (".gz", ".zst")
 CHUNK_BYTES = 2**20
@@ -20,44 +21,78 @@ def read_text(path: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(_not_utf8(path, line, error)) from None
+        raise ValueError(f"{path}: line {line}: {_not_utf8(error)}") from None
+
+
+class Lines:
+    """The lines of a JSONL file that begin at a byte in start .. stop - 1; 0 to 0 is all.
+
+    Lines of nothing but white space are left out, and counted.
+    """
+
+    def __init__(self, path: str, start: int = 0, stop: int = 0) -> None:
+        self.path, self.start, self.stop = path, start, stop
+        self._count = 0
+        self._before: int | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        path, stop = self.path, self.stop
+        with _open(path) as file:
+            if self.start:
+                file.seek(self.start - 1)
+                file.readline()  # belongs to the part before, unless it is only a line's end
+            self._begin = place = self.start and file.tell()
+            while not stop or place < stop:
+                line = _read(file, path, line=True)
+                if not line:
+                    return
+                self._count += 1
+                if not line.isspace():
+                    yield line
+                place += len(line)
+
+    def number(self) -> int:
+        """Of the line given last, in the whole file, from 1; reads the file up to the start."""
+        if self._before is None:
+            self._before = _lines_before(self.path, self._begin)
+        return self._before + self._count
 
 
 def read_jsonl(path: str, start: int, stop: int, text_key: str) -> Iterator[str]:
-    """The text of every line that begins at a byte in start .. stop - 1; 0 to 0 is all.
+    """The text of every line of a stretch of a file, see `Lines`."""
+    lines = Lines(path, start, stop)
+    for line in lines:
+        try:
+            yield _text_of(line, text_key)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {lines.number()}: {error}") from None
 
-    Lines of nothing but white space are not documents.
+
+def record_of(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    Raises:
+        ValueError: not UTF-8, not JSON or no object; one sentence, without the place.
     """
-    with _open(path) as file:
-        if start:
-            file.seek(start - 1)
-            file.readline()  # belongs to the part before, unless it is only a line's end
-        begin = start and file.tell()
-        place, number = begin, 0
-        while not stop or place < stop:
-            line = _read(file, path, line=True)
-            if not line:
-                return
-            number += 1
-            if not line.isspace():
-                try:
-                    yield _text_of(line, text_key)
-                except ValueError as error:
-                    number += _lines_before(path, begin)
-                    if isinstance(error, UnicodeDecodeError):
-                        raise ValueError(_not_utf8(path, number, error)) from None
-                    raise ValueError(f"{path}: line {number}: {error}") from None
-            place += len(line)
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(error)) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is no object")
+    return record
 
 
 def _text_of(line: bytes, text_key: str) -> str:
     try:
-        record = json.loads(line.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from None
-    if not isinstance(record, dict) or text_key not in record:
-        keys = f"it has {', '.join(record)}" if isinstance(record, dict) else "it is no object"
-        raise ValueError(f"no key {text_key!r} (--text-key): {keys}")
+        record = record_of(line)
+    except ValueError as error:
+        missing = f"no key {text_key!r} (--text-key): " if "no object" in str(error) else ""
+        raise ValueError(f"{missing}{error}") from None
+    if text_key not in record:
+        raise ValueError(f"no key {text_key!r} (--text-key): it has {', '.join(record)}")
     text = record[text_key]
     if not isinstance(text, str):
         raise ValueError(f"{text_key!r} must be a text, not {type(text).__name__}")
@@ -68,8 +103,8 @@ def _text_of(line: bytes, text_key: str) -> str:
     return text
 
 
-def _not_utf8(path: str, line: int, error: UnicodeDecodeError) -> str:
-    return f"{path}: line {line}: not UTF-8: byte 0x{error.object[error.start]:02x}: {error.reason}"
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x}: {error.reason}"
 
 
 def _lines_before(path: str, end: int) -> int:

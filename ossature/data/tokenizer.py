@@ -64,13 +64,17 @@ class Tokenizer:
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of several documents, one after the other, each with its end; length of each."""
-        encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        ids = self.encode_all(texts)
         for document in ids:
             document.append(self.end_of_document)
         lengths = np.fromiter(map(len, ids), np.int32, len(ids))
         count = int(lengths.sum(dtype=np.int64))
         return np.fromiter(chain.from_iterable(ids), np.int32, count), lengths
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, as `encode` gives them."""
+        encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens spelled out."""
