@@ -1,4 +1,5 @@
 # make demo       text -> tokens -> a trained model -> samples -> a folder transformers loads
+# make demo-sft   goes on from it: chats -> all weights and LoRA -> questions answered -> merged
 # make test       what a change must pass: the tests but the slow ones
 # make test-all   all tests
 # make check      style, types, direction of imports
@@ -11,10 +12,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-.PHONY: demo test test-all check tree format clean
+.PHONY: demo demo-sft test test-all check tree format clean
 
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh
+
+demo-sft: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo_sft.sh
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow"

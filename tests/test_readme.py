@@ -82,15 +82,16 @@ def test_every_link_to_a_file_leads_somewhere(page: Path):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     ossature.save_model(ours(hugging_face_model()), "runs/export")
-    (program,) = blocks("python")
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"ossature": ossature}
 
-    exec(compile(program, "README.md", "exec"), names)
+    for program in blocks("python"):
+        exec(compile(program, "README.md", "exec"), names)
 
     logits, out = names["logits"], names["out"]
     assert isinstance(logits, torch.Tensor) and logits.shape == (1, 5, 96)
     assert isinstance(out, torch.Tensor) and out.shape == (1, 21)
     assert Path("runs/copy/config.json").is_file()
+    assert Path("runs/again/config.json").is_file()
