@@ -303,7 +303,7 @@ def _corpus(
     if mock:
         return DataConfig(mock=True, seq_len=seq_length)
     if given:
-        blends = {f"{split}_blend": _words(paths) for split, paths in given.items()}
+        blends: dict[str, Any] = {f"{s}_blend": _words(paths) for s, paths in given.items()}
         return DataConfig(seq_len=seq_length, **blends)
     words = _words(data_paths or "")
     if len(words) == 1 and _is_folder_of_ours(words[0]):
