@@ -20,7 +20,7 @@ run() {
 
 heading "1  Conversations -> packed rows in harmony, and which tokens are learnt"
 run python examples/make_chats.py "$out/chats"
-run ossature data chat "$out/chats/train.jsonl" --output "$out/chat-data" --seq-len 512 \
+run ossature data chat "$out/chats/train.jsonl" --output "$out/chat-data" --seq-len 576 \
     --tokenizer "$out/data"
 run ossature data show "$out/chat-data" --index 0
 
