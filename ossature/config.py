@@ -109,6 +109,9 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
+        """What B @ A is multiplied with."""
+        if not self.rank:
+            return 0.0
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def __post_init__(self) -> None:
@@ -123,10 +126,6 @@ class LoraConfig:
             raise ValueError(f"lora.targets ({', '.join(self.targets)}) names one twice")
         if self.rank and not self.targets:
             raise ValueError(f"lora.rank ({self.rank}) needs at least one of lora.targets")
-        if self.base == "mxfp4" and not self.rank:
-            raise ValueError(
-                "lora.base = mxfp4 needs lora.rank: weights that are trained cannot be packed"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +282,10 @@ class TrainConfig:
         if optim.schedule != "constant" and optim.min_lr > optim.lr:
             raise ValueError(f"optim.min_lr ({optim.min_lr}) must be at most optim.lr ({optim.lr})")
         self._check_optimizer()
+        if self.lora.base == "mxfp4" and not self.lora.rank:
+            raise ValueError(
+                "lora.base = mxfp4 needs lora.rank: weights that are trained cannot be packed"
+            )
         if self.router.bias_update_rate and self.lora.rank:
             raise ValueError(
                 f"router.bias_update_rate ({self.router.bias_update_rate}) must be 0 with "

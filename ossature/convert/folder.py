@@ -17,6 +17,8 @@ from ossature.convert.source import PublishedSource, Source
 from ossature.convert.transfer import Report, transfer
 
 MAX_SHARD_BYTES = 5_000_000_000
+BASE = "base.json"
+"""Marks a checkpoint that holds an adapter alone; see `ossature.convert.base`."""
 
 
 def resolve(path: Path | str) -> Path:
@@ -70,6 +72,10 @@ def open_source(path: Path | str, *, balance_bias: bool = False) -> Source:
     """
     folder = resolve(path)
     format = detect(folder)
+    if (folder / BASE).is_file():
+        raise ValueError(
+            f"{folder}: holds an adapter and no model: `ossature merge` puts it into its base"
+        )
     if format == "native":
         source = NativeSource(folder)
         if not balance_bias:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +13,17 @@ from ossature.checkpoint.box import Box
 from ossature.checkpoint.safetensors import Spec
 from ossature.convert.adapters import CONFIG as ADAPTER_CONFIG
 from ossature.convert.adapters import Adapter, open_adapter
+from ossature.convert.base import Base, check_base, read_base
+from ossature.convert.config import read_config
 from ossature.convert.folder import MAX_SHARD_BYTES, open_source, resolve, write_folder
 from ossature.convert.layout import Format
 from ossature.convert.names import UnknownTensor, shapes, unknown_sentence
 from ossature.convert.native import NativeSource, balance_sentence
-from ossature.convert.source import FLOATS, missing_sentence, word
+from ossature.convert.source import FLOATS, Source, missing_sentence, word
 from ossature.convert.transfer import Report, in_order, jobs
+from ossature.kernels.mxfp4 import quantize
 from ossature.model.attention import Form
-from ossature.model.lora import adapt
+from ossature.model.lora import adapt, pack
 from ossature.model.transformer import Transformer
 
 
@@ -30,29 +34,57 @@ def load_model(
     *,
     attention_form: Form = "fast",
     moe_form: Form = "fast",
+    experts: Literal["plain", "mxfp4"] = "plain",
+    quantize_experts: bool = False,
 ) -> Transformer:
     """The model of a folder in any format, or of a run's newest checkpoint.
 
-    The weights are read piece by piece into their final dtype and device.
+    The weights are read piece by piece into their final dtype and device.  A checkpoint that holds
+    an adapter gives the base it belongs to, with the adapter beside it.
 
     Args:
         dtype: None keeps what each weight is stored in.
+        experts: "mxfp4" keeps the experts' matrices packed, frozen, bit for bit as they are stored.
+        quantize_experts: pack those of a folder that holds them otherwise; false refuses it.
 
     Raises:
         UnknownTensor, ValueError: the folder is damaged, or is not of this architecture.
     """
+    folder = resolve(folder)
+    forms: dict[str, Form] = {"attention_form": attention_form, "moe_form": moe_form}
+    base = read_base(folder)
+    if base is not None:
+        model = _load_base(folder, base, dtype, device, forms, experts)
+        load_adapter(model, folder)
+        return model
     source = open_source(folder, balance_bias=True)
     try:
+        if experts == "mxfp4" and not quantize_experts and not is_packed(source):
+            raise ValueError(
+                f"{folder}: its experts are not in MXFP4; quantize_experts=True rounds them to it"
+            )
         with torch.device("meta"):
-            model = Transformer(source.config, attention_form=attention_form, moe_form=moe_form)
+            model = Transformer(source.config, **forms)
+            if experts == "mxfp4":
+                pack(model)
         state = {
-            name: torch.empty(shape, dtype=dtype or source.spec(name).dtype, device=device)
-            for name, shape in shapes(source.config).items()
+            name: torch.empty(
+                p.shape,
+                dtype=(dtype or source.spec(name).dtype) if p.is_floating_point() else p.dtype,
+                device=device,
+            )
+            for name, p in model.named_parameters()
         }
 
         def read(job: tuple[str, int, int]) -> None:
             name, start, stop = job
-            state[name][start:stop].copy_(source.read(name, start, stop))
+            if name in state:
+                state[name][start:stop].copy_(source.read(name, start, stop))
+                return
+            pair = source.packed(name, start, stop) or quantize(source.read(name, start, stop))
+            matrix = name.removesuffix("weight")
+            state[matrix + "blocks"][start:stop].copy_(pair[0])
+            state[matrix + "scales"][start:stop].copy_(pair[1].mT)
 
         for _ in in_order(read, jobs(source)):
             pass
@@ -83,6 +115,38 @@ def load_adapter(model: Transformer, folder: Path | str) -> Adapter:
     for name in adapter.shapes:
         parameters[name].copy_(adapter.read(name))
     return adapter
+
+
+def is_packed(source: Source) -> bool:
+    """Whether a source stores its experts' matrices in MXFP4."""
+    return source.packed("blocks.0.moe.experts.down_weight", 0, 1) is not None
+
+
+def _load_base(
+    folder: Path,
+    base: Base,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    forms: dict[str, Form],
+    experts: Literal["plain", "mxfp4"],
+) -> Transformer:
+    """The model that the adapter in `folder` was trained on."""
+    packed = base.packed or experts == "mxfp4"
+    if base.folder:
+        check_base(folder, base, Path(base.folder))
+        return load_model(
+            base.folder,
+            dtype,
+            device,
+            **forms,  # type: ignore[arg-type]
+            experts="mxfp4" if packed else "plain",
+            quantize_experts=base.quantized,
+        )
+    model = Transformer(read_config(folder / "config.json"), **forms)
+    model.init_weights(base.seed)
+    if packed:
+        pack(model)
+    return model.to(device=device, dtype=dtype)
 
 
 def save_model(

@@ -7,6 +7,7 @@ overstates the MFU of gpt-oss at 8,192 tokens by 18 %.
 
 from __future__ import annotations
 
+from ossature.config import LoraConfig
 from ossature.model.config import ModelConfig
 
 
@@ -51,14 +52,37 @@ def mean_keys(seq_len: int, window: int | None) -> float:
     return window - window * (window - 1) / (2 * seq_len)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, lora: LoraConfig | None = None) -> float:
     """FLOPs of forward and backward for one token of a row of one document of `seq_len`.
 
-    Nothing is added for activations that are computed again.
+    Nothing is added for activations that are computed again.  A frozen matrix has no gradient: it
+    counts twice, not three times.  Nothing is added for DoRA's norms and for unpacking.
     """
     keys = sum(mean_keys(seq_len, config.window(n)) for n in range(config.num_hidden_layers))
     attention = 4 * config.num_attention_heads * config.head_dim * keys
-    return 3 * (2 * matmul_parameters(config) + attention)
+    matrices = 2 * matmul_parameters(config)
+    if lora is None or not lora.rank:
+        return 3 * (matrices + attention)
+    return 2 * matrices + 3 * (2 * active_adapters(config, lora) + attention)
+
+
+def active_adapters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Weights of adapters that a token is multiplied with; A of the embedding is a lookup."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    in_block = {
+        "q_proj": hidden + query,
+        "k_proj": hidden + key,
+        "v_proj": hidden + key,
+        "o_proj": query + hidden,
+        "router": hidden + config.num_local_experts,
+        "gate_up": config.num_experts_per_tok * (hidden + 2 * inner),
+        "down": config.num_experts_per_tok * (inner + hidden),
+    }
+    once = {"embedding": hidden, "lm_head": hidden + config.vocab_size}
+    both = {name: config.num_hidden_layers * size for name, size in in_block.items()} | once
+    return lora.rank * sum(both[target] for target in lora.targets)
 
 
 def _attention_weights(config: ModelConfig) -> int:

@@ -44,24 +44,26 @@ class FrozenExperts(Experts):
         experts.__class__ = cls  # FSDP does the same
         assert isinstance(experts, cls)
         experts.lora, experts.add_squares = config, {}
+        if config.base == "mxfp4" and not experts.packed:
+            experts.pack()
         for name in MATRICES:
             experts._add_adapter(name, name in targets)
-        if config.base == "mxfp4":
-            experts.pack()
 
     def _add_adapter(self, name: str, wanted: bool) -> None:
-        weight = self.get_parameter(f"{name}_weight")
-        (experts, out, size), rank = weight.shape, self.lora.rank
+        bias, rank = self.get_parameter(f"{name}_bias"), self.lora.rank
+        experts, out = bias.shape
+        inputs = {"gate_up": self.down_bias.shape[1], "down": self.gate_up_bias.shape[1] // 2}
+        size = inputs[name]
         shapes: list[tuple[str, tuple[int, ...]]] = [
             ("lora_a", (experts, rank, size)),
             ("lora_b", (experts, out, rank)),
             ("lora_magnitude", (experts, out)),
         ]
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = torch.promote_types(bias.dtype, torch.float32)
         for kind, shape in shapes:
             new = None
             if wanted and (kind != "lora_magnitude" or self.lora.dora):
-                new = nn.Parameter(torch.empty(shape, dtype=wide, device=weight.device))
+                new = nn.Parameter(torch.empty(shape, dtype=wide, device=bias.device))
             self.register_parameter(f"{name}_{kind}", new)
 
     @torch.no_grad()
@@ -139,7 +141,7 @@ class FrozenExperts(Experts):
 
     @property
     def packed(self) -> bool:
-        return self.lora.base == "mxfp4"
+        return "gate_up_blocks" in self._parameters
 
     def merged(self, name: str) -> Float[Tensor, "experts out in"]:
         """W' of all experts, in fp64 where there is an adapter: the specification."""

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ossature.config import LoraConfig
 from ossature.kernels.cross_entropy import LossAndGradient, linear_cross_entropy
 from ossature.kernels.frozen_experts import row_squares
+from ossature.model.config import ModelConfig
 from ossature.model.frozen_experts import FrozenExperts, not_zero
 from ossature.model.frozen_experts import merged as merged
 from ossature.model.init import initial_weight
@@ -60,7 +61,7 @@ def adapt(model: Transformer, config: LoraConfig, dtype: torch.dtype | None = No
         leaf = name.rpartition(".")[2]
         if isinstance(module, Experts):
             targets = [target for target in EXPERT_TARGETS if target in config.targets]
-            if targets or config.base == "mxfp4":
+            if targets or config.base == "mxfp4" or isinstance(module, FrozenExperts):
                 FrozenExperts.adopt(module, config, targets)
             found |= set(targets)
         elif leaf in config.targets:
@@ -71,10 +72,23 @@ def adapt(model: Transformer, config: LoraConfig, dtype: torch.dtype | None = No
             raise ValueError(f"lora.targets: {target} matches nothing in this model")
 
 
+def pack(model: Transformer) -> None:
+    """Hold the experts' matrices in MXFP4, in place; the model is then to be used, not trained.
+
+    Raises:
+        ValueError: a matrix is no multiple of 32 wide.
+    """
+    for module in model.modules():
+        if isinstance(module, Experts):
+            FrozenExperts.adopt(module, LoraConfig(base="mxfp4"), ())
+
+
 def freeze(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Let the module's own parameters be constants, held in `dtype`."""
     for name, parameter in list(module.named_parameters(recurse=False)):
-        frozen = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+        frozen = parameter.detach()
+        if dtype is not None and frozen.is_floating_point():
+            frozen = frozen.to(dtype)
         module.register_parameter(name, nn.Parameter(frozen, requires_grad=False))
 
 
@@ -249,19 +263,39 @@ def init_adapters(model: Transformer, seed: int) -> None:
 
 
 def initial_magnitude(
-    name: str, shape: tuple[int, ...], read: Callable[[str, int, int], Tensor]
+    config: ModelConfig, name: str, read: Callable[[str, int, int], Tensor]
 ) -> Tensor:
-    """The norms of the rows of a base weight, in fp32: for an adapter that changes nothing yet.
+    """The lengths of the rows of a base weight, in fp32: so that an adapter changes nothing yet.
 
     Args:
         read: (name, start, stop) -> rows of the first dim of a base weight, as the model holds it.
     """
-    base = base_name(name)
-    if base == "embedding.weight":
-        raise ValueError(f"{name}: its initial value needs all of {base}")
-    step = 1 if len(shape) == 2 else 4096
-    parts = [read(base, start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    base, rows = base_name(name), 0
+    if base == "embedding.weight":  # (vocab, hidden), and the rows of its transpose
+        squares = torch.zeros(config.hidden_size, dtype=torch.float64)
+        for start in range(0, config.vocab_size, 4096):
+            part = read(base, start, min(start + 4096, config.vocab_size))
+            squares += part.double().square().sum(0)
+        return squares.sqrt().float()
+    if "experts" in base:
+        rows, step = config.num_local_experts, 1
+    else:
+        rows, step = base_rows(config, base), 4096
+    parts = [read(base, start, min(start + step, rows)) for start in range(0, rows, step)]
     return torch.cat([torch.linalg.vector_norm(part.double(), dim=-1).float() for part in parts])
+
+
+def base_rows(config: ModelConfig, base: str) -> int:
+    """Rows of a weight that is a matrix."""
+    leaf = base.split(".")[-2]
+    return {
+        "q_proj": config.num_attention_heads * config.head_dim,
+        "k_proj": config.num_key_value_heads * config.head_dim,
+        "v_proj": config.num_key_value_heads * config.head_dim,
+        "o_proj": config.hidden_size,
+        "router": config.num_local_experts,
+        "lm_head": config.vocab_size,
+    }[leaf]
 
 
 def table(model: Transformer) -> Iterator[str]:

@@ -20,6 +20,7 @@ from ossature.checkpoint.store import newest
 from ossature.config import TrainConfig
 from ossature.data.loader import Batch
 from ossature.model.flops import active_parameters, flops_per_token, parameters
+from ossature.model.lora import table
 from ossature.parallel.gradients import global_norm, scale_and_clip
 from ossature.parallel.launch import launched
 from ossature.train import optim
@@ -28,7 +29,7 @@ from ossature.train.devices import device_name, memory_bytes, peak_flops
 from ossature.train.evaluate import samples, validate
 from ossature.train.metrics import MetricsLog, Record, check_services, cut_after, router_record
 from ossature.train.resume import seed_step
-from ossature.train.setup import Parts, build, write_config
+from ossature.train.setup import Parts, build, whole_model, write_config
 from ossature.train.signals import StopRequest
 from ossature.train.step import accumulate, anneal_balance, count, update_balance
 
@@ -221,7 +222,7 @@ def describe_speed(record: Record, parts: Parts) -> None:
     record["memory_bytes"] = memory_bytes(device)
     peak = peak_flops(device_name(device), config.precision)
     if peak is not None:
-        flops = flops_per_token(parts.model.config, config.data.seq_len)
+        flops = flops_per_token(parts.model.config, config.data.seq_len, config.lora)
         record["mfu"] = rate * flops / (peak * parts.ranks.world)
 
 
@@ -257,6 +258,13 @@ def introduction(parts: Parts) -> Iterator[str]:
     if parts.pipeline is not None:
         yield "of the stages on the first rank:"
     yield from optim.describe(parts.optimizer)
+    if config.lora.rank:
+        lora = config.lora
+        yield (
+            f"{'DoRA' if lora.dora else 'LoRA'}: rank {lora.rank}, scale {lora.scale:g}, dropout "
+            f"{lora.dropout:g}"
+        )
+        yield from table(whole_model(config, shape))
 
 
 def _too_many_skips(parts: Parts) -> str:

@@ -15,9 +15,10 @@ from ossature.train.adamw import GROUP, LeanAdamW
 
 
 def decays(name: str) -> bool:
-    """Weight decay acts on matrices; not on norms, biases, sinks and the embedding."""
+    """Weight decay acts on matrices; not on norms, biases, sinks, magnitudes and the embedding."""
     *_, module, leaf = name.split(".")
-    return not ("norm" in module or leaf.endswith("bias") or module in ("sinks", "embedding"))
+    vector = "norm" in module or leaf.endswith(("bias", "magnitude"))
+    return not (vector or module in ("sinks", "embedding"))
 
 
 def is_hidden_matrix(name: str) -> bool:

@@ -70,6 +70,7 @@ def check_config(before: dict[str, Any], config: TrainConfig, folder: Path) -> N
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
         and not any(key == k or (k.endswith(".") and key.startswith(k)) for k in MAY_DIFFER)
+        and not (key == "init" and config.lora.rank)  # the base may have moved: `check_base`
     ]
     if differ:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ossature.checkpoint.steps import OPTIMIZER, Saver
 from ossature.checkpoint.store import load_weights, newest
 from ossature.config import TrainConfig, to_json
+from ossature.convert.base import BASE, base_of, check_base, read_base
 from ossature.convert.config import hugging_face_config, read_config
 from ossature.convert.folder import open_source, resolve
 from ossature.convert.open import fill_model
@@ -41,6 +42,7 @@ from ossature.train import optim
 from ossature.train.adamw import LeanAdamW
 from ossature.train.evaluate import validation_loader
 from ossature.train.resume import Progress, check_config, read_state, state_text
+from ossature.train.start import fill_adapted
 
 FIRST_LOSS_SCALE = 2.0**15
 
@@ -55,7 +57,7 @@ class Parts:
     model: Transformer
     pipeline: Pipeline | None
     weights: dict[str, nn.Parameter]
-    """The masters by name, this rank's parts: taken when nothing is gathered."""
+    """The masters of what is trained, this rank's parts: taken when nothing is gathered."""
     optimizer: torch.optim.Optimizer
     in_backward: optim.InBackward | None
     """What steps the weights, where that happens during backward."""
@@ -95,6 +97,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         if not config.resume:
             raise ValueError(f"{config.run}: has checkpoints and resume is false; give a new run")
         check_config(read_state(before)[2], config, before)
+        if (base := read_base(before)) is not None:
+            check_base(before, base, config.init)
     mesh = meshes.build(sizes, ranks.device.type)
     loader = train_loader(config, shape.vocab_size, *meshes.data_rank(mesh))
     validation = validation_loader(config, shape.vocab_size) if config.eval.every_steps else None
@@ -103,7 +107,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         raise ValueError("sample.every_steps needs a corpus with a tokenizer: data.mock has none")
 
     model, pipeline = divided_model(config, shape, mesh, ranks.device)
-    weights = dict(model.named_parameters())
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = optim.build(weights.items(), config.optim, config.seed)
     in_backward = None
     if config.optim.in_backward:
@@ -113,6 +117,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     files = {}
     if ranks.first:
         files = small_files(shape, before or config.init, tokenizer, config.optim.weights)
+        if config.lora.rank:
+            files[BASE] = base_of(config.lora, config.init, config.seed).text().encode()
     scale = FIRST_LOSS_SCALE if config.precision == "fp16" else 1.0
     parts = Parts(
         config=config,
@@ -132,12 +138,10 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         data_state=loader.state(),
         origin=f"random weights, seed {config.seed}",
     )
+    if before is None or config.lora.rank:
+        begin(parts)
     if before is not None:
         resume(parts, before)
-    elif config.init is not None:
-        fill_from(parts, config.init)
-    else:
-        initialise(model, config.seed)
     return parts
 
 
@@ -223,10 +227,30 @@ def resume(parts: Parts, folder: Path) -> None:
     parts.origin = f"{folder}, {parts.progress.step} steps done"
 
 
-def fill_from(parts: Parts, folder: Path) -> None:
-    """Load the weights of a checkpoint in any format, each rank its own parts."""
-    source = open_source(folder)
-    wanted, found = parts.model.config, source.config
+def begin(parts: Parts) -> None:
+    """Fill the model with what the run starts from: a checkpoint in any format, or random weights.
+
+    With adapters that is done at every start: checkpoints of the run hold the adapters alone.
+    """
+    config, model = parts.config, parts.model
+    source = None if config.init is None else open_source(config.init)
+    try:
+        if source is not None:
+            check_shape(source.folder, source.config, model.config)
+            parts.origin = str(config.init)
+        if config.lora.rank:
+            fill_adapted(model, config, source)
+        elif source is not None:
+            fill_model(model, source)
+        else:
+            initialise(model, config.seed)
+    finally:
+        if source is not None:
+            source.close()
+
+
+def check_shape(folder: Path, found: ModelConfig, wanted: ModelConfig) -> None:
+    """Refuse a checkpoint of another model than the run's."""
     differ = [
         f"{f.name} ({getattr(found, f.name)}, model has {getattr(wanted, f.name)})"
         for f in fields(ModelConfig)
@@ -234,11 +258,6 @@ def fill_from(parts: Parts, folder: Path) -> None:
     ]
     if differ:
         raise ValueError(f"{folder}: is not of this model: {', '.join(differ)}")
-    try:
-        fill_model(parts.model, source)
-    finally:
-        source.close()
-    parts.origin = str(folder)
 
 
 _NOT_MATHEMATICS = (

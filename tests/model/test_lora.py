@@ -250,8 +250,6 @@ def test_settings_that_fit_nothing_are_refused():
         LoraConfig(rank=4, targets=())
     with pytest.raises(ValueError, match=r"lora.dropout \(1.0\)"):
         LoraConfig(rank=4, dropout=1.0)
-    with pytest.raises(ValueError, match=r"needs lora\.rank"):
-        LoraConfig(base="mxfp4")
     with torch.device("meta"):
         model = Transformer(replace(TINY, intermediate_size=48))
     with pytest.raises(ValueError, match=r"intermediate_size \(48\) to be a multiple of 32"):

@@ -81,6 +81,7 @@ def same(one: Outcome, other: Outcome) -> bool:
 
 # Keys that lead to other weights, each with a base in which it matters.
 NEAR = {"optim__schedule": "linear"}
+ADAPTERS = {"lora__rank": 4}
 WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "model": ({}, "tiny_wide"),
     "num_layers": ({}, 1),
@@ -107,6 +108,13 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
     "optim.beta2": ({}, 0.5),
     "optim.eps": ({}, 1e-3),
     "optim.clip": ({"optim__eps": 1e-2}, 0.01),
+    "lora.rank": ({}, 4),
+    "lora.alpha": (ADAPTERS, 4.0),
+    "lora.dropout": (ADAPTERS, 0.5),
+    "lora.dora": (ADAPTERS, True),
+    "lora.rank_stabilised": (ADAPTERS, True),
+    "lora.targets": (ADAPTERS, ("q_proj", "down")),
+    "lora.base": (ADAPTERS, "mxfp4"),
     "router.aux_loss": ({}, 0.1),
     "router.z_loss": ({}, 0.1),
     "router.bias_update_rate": ({}, 0.5),
@@ -266,6 +274,7 @@ ELSEWHERE = {
     "data.test_blend": "tests/data/test_loader.py",
     "init": "tests/train/test_init.py",
     "optim.in_backward": "tests/train/test_adamw.py",
+    "lora.quantize_base": "tests/train/test_lora.py",
     "recompute": "tests/parallel/test_recompute.py",
     "compile": "tests/train/test_compile.py",
     "max_skipped_steps": "tests/train/test_loop.py",
