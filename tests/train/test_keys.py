@@ -289,7 +289,7 @@ HERE = (
 )  # fmt: skip
 
 
-GROUPS = {"parallel.": "tests/parallel/*.py", "lora.": "tests/**/*lora*.py"}
+GROUPS = {"parallel.": "tests/parallel/*.py"}
 """Groups whose keys have tests of their own, found there by name."""
 
 
