@@ -117,6 +117,8 @@ def elastic(run: Path, kills: int, moments: Moments, options: Options) -> bool:
         while any(psutil.pid_exists(pid) for pid in dead):
             time.sleep(0.01)
         took = time.monotonic() - began
+        while "failed (exitcode" not in log.read_text()[known:] and time.monotonic() - began < 60:
+            time.sleep(0.01)  # the agent says so after it has ended the others
         named = f"exitcode: -9) local_rank: {victim} " in log.read_text()[known:]
         found = store.newest(run)
         print(f"  kill {n + 1}: rank {victim} {when}; whole: {found and found.name}; the others "
