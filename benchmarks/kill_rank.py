@@ -177,9 +177,7 @@ def by_themselves(run: Path, kills: int, moments: Moments, options: Options) -> 
             print(said)
     statuses = [process.wait() for process in srun(run, "srun", options)]
     if any(statuses):
-        print(
-            f"  nobody killed: {statuses}", *(lines(run, rank) for rank in range(RANKS)), sep="\n"
-        )
+        print(f"  nobody killed: {statuses}: {errors(run)}")
     return good and not any(statuses)
 
 

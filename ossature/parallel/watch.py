@@ -37,8 +37,8 @@ def meet(place: Place, timeout_seconds: int, stopping: Callable[[], bool] = lamb
     """A connection to the store where the ranks meet; rank 0 opens it, unless torchrun has.
 
     Raises:
-        OSError: nobody answers there in time, or the port is taken.
-        RankLost: this process is told to end meanwhile.
+        OSError: the port is taken.
+        RankLost: nobody answers there in time, or this process is told to end meanwhile.
     """
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     where = f"MASTER_ADDR:MASTER_PORT ({place.address}:{place.port})"
@@ -59,7 +59,7 @@ def meet(place: Place, timeout_seconds: int, stopping: Callable[[], bool] = lamb
             if stopping():
                 raise RankLost(f"rank {place.rank} was told to end before {missing} came") from None
             if time.monotonic() > deadline:
-                raise OSError(
+                raise RankLost(
                     f"rank {place.rank} ends: {missing} has not come to {where} for "
                     f"{0.8 * timeout_seconds:.0f} s: {_first_line(error)}"
                 ) from error

@@ -116,7 +116,7 @@ def test_what_a_failed_collective_raises_is_known_through_what_it_is_wrapped_in(
 
 def test_rank_0_that_never_comes_is_named(ended):
     place = Place(1, 1, 2, "127.0.0.1", 9, True)
-    with pytest.raises(OSError, match=r"^rank 1 ends: rank 0 has not come to .*127.0.0.1:9"):
+    with pytest.raises(RankLost, match=r"^rank 1 ends: rank 0 has not come to .*127.0.0.1:9"):
         meet(place, 1)
 
 
