@@ -21,6 +21,7 @@ STAGES: dict[str, list[tuple[str, str, str]]] = {
     "Data": [
         ("data build", "ossature.data.build:build", "turn text into shards of tokens"),
         ("data chat", "ossature.data.chat:chat", "turn conversations into packed rows with masks"),
+        ("data show", "ossature.data.show:main", "show a row, and what of it is learnt"),
     ],
     "Training": [
         ("train", "ossature.train.command:main", "train a model; the same under torchrun"),
