@@ -26,6 +26,7 @@ STAGES: dict[str, list[tuple[str, str, str]]] = {
     "Training": [
         ("train", "ossature.train.command:main", "train a model; the same under torchrun"),
         ("launch", "ossature.parallel.nodes:main", "start another command on all ranks of a node"),
+        ("plan", "ossature.train.plan_command:main", "say what a run takes, and which layouts fit"),
         ("prove", "ossature.train.prove_command:main", "compare a layout with one process"),
         ("report", "ossature.train.report:main", "write a run's curves and samples as one page"),
     ],

@@ -11,143 +11,8 @@ made for.  Experts are taken to be chosen evenly.  `ossature.parallel.memory` pu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ossature.config import TrainConfig
-from ossature.kernels.cross_entropy import _WIDE_LOGITS, default_chunk_tokens
-from ossature.model.config import ModelConfig
-
-KEPT, BRIEF, LOSS = "activations", "temporary", "loss"
-GRADIENTS = "gradients, whole"
-"""Of the weights as they are gathered, before they are reduced."""
-
-
-class Ledger:
-    """Bytes held, by what they are for; and how they were when there were most of them."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, float] = {}
-        self.total = 0.0
-        self.peak = 0.0
-        self.at_peak: dict[str, float] = {}
-
-    def take(self, what: str, size: float) -> None:
-        self.held[what] = self.held.get(what, 0.0) + size
-        self.total += size
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.held)
-
-    def give(self, what: str, size: float) -> None:
-        self.held[what] = self.held.get(what, 0.0) - size
-        self.total -= size
-
-    def pass_by(self, what: str, *sizes: float) -> None:
-        """Taken together and given back at once."""
-        self.take(what, sum(sizes))
-        self.give(what, sum(sizes))
-
-    def move(self, what: str, to: str, size: float) -> None:
-        self.held[what] -= size
-        self.held[to] = self.held.get(to, 0.0) + size
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of one micro-batch on one rank, and of its part of the model."""
-
-    config: TrainConfig
-    shape: ModelConfig
-    device: str
-    """"cpu" or "cuda": whose kernels."""
-    sums: bool = True
-    """Whether the routers' statistics are taken, as on every step that is logged."""
-
-    @property
-    def item(self) -> int:
-        """Bytes of a number in the precision of the computation."""
-        return 4 if self.config.precision == "fp32" else 2
-
-    @property
-    def cuda(self) -> bool:
-        return self.device != "cpu"
-
-    @property
-    def rows(self) -> int:
-        return self.config.micro_batch_tokens // self.config.data.seq_len
-
-    @property
-    def attended(self) -> int:
-        """Tokens whose queries a rank has: attention sees the whole of what tp divides."""
-        return self.config.micro_batch_tokens // self.config.parallel.cp
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a rank has between blocks."""
-        return self.attended // self.config.parallel.tp
-
-    @property
-    def routed(self) -> int:
-        """Rows of a rank's experts."""
-        return self.tokens * self.config.parallel.etp * self.shape.num_experts_per_tok
-
-    @property
-    def x(self) -> float:
-        """What goes from block to block."""
-        return self.tokens * self.shape.hidden_size * self.item
-
-    @property
-    def whole_x(self) -> float:
-        """The same where tp does not divide it."""
-        return self.x * self.config.parallel.tp
-
-    @property
-    def heads(self) -> int:
-        return self.shape.num_attention_heads // self.config.parallel.tp
-
-    @property
-    def q(self) -> float:
-        return self.attended * self.heads * self.shape.head_dim * self.item
-
-    @property
-    def k(self) -> float:
-        kv_heads = self.shape.num_key_value_heads // self.config.parallel.tp
-        return self.attended * kv_heads * self.shape.head_dim * self.item
-
-    @property
-    def lse(self) -> float:
-        return self.attended * self.heads * 4
-
-    @property
-    def row(self) -> float:
-        """One row for each choice, `hidden` wide."""
-        return self.routed * self.shape.hidden_size * self.item
-
-    @property
-    def inner(self) -> float:
-        """One row for each choice, as wide as a rank's part of an expert."""
-        return self.routed * self.shape.intermediate_size // self.config.parallel.etp * self.item
-
-    @property
-    def widened(self) -> float:
-        """fp32 numbers of a norm that exist at a time."""
-        numbers = self.tokens * self.shape.hidden_size
-        return 4 * (numbers if self.cuda else min(numbers, 2**17))
-
-    def slides(self, layer: int) -> bool:
-        """Whether a layer is computed as one with a window."""
-        window = self.shape.window(layer)
-        return window is not None and window < self.config.data.seq_len
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Bytes of the gradients of a block's weights, in the precision of the computation."""
-
-    o_proj: float
-    qkv: float
-    router: float
-    experts: float
-    norms: float
+from ossature.parallel import adapted
+from ossature.parallel.sizes import BRIEF, GRADIENTS, KEPT, Gradients, Ledger, Sizes
 
 
 def norm(m: Ledger, s: Sizes) -> None:
@@ -180,6 +45,9 @@ def attention(m: Ledger, s: Sizes, layer: int) -> None:
         if s.item == 2:  # cos and sin, cast
             m.take(KEPT, s.attended * s.shape.head_dim * s.item)
     m.take(KEPT, s.k)
+    m.take(KEPT, adapters(s))
+    if not s.learns("q_proj", "k_proj", "v_proj"):
+        m.give(KEPT, s.whole_x)
     core(m, s, layer)
     m.take(BRIEF, s.whole_x)
     if tp > 1:
@@ -187,6 +55,15 @@ def attention(m: Ledger, s: Sizes, layer: int) -> None:
         m.give(BRIEF, s.whole_x - s.x)
     m.take(KEPT, s.x)
     m.give(BRIEF, s.x)
+
+
+def adapters(s: Sizes) -> float:
+    """What adapters of attention's matrices keep: narrowed inputs; with DoRA, outputs too."""
+    kept = s.attended * s.low("q_proj", "k_proj", "v_proj", "o_proj")
+    if s.config.lora.rank and s.config.lora.dora:
+        outputs = {"q_proj": s.q, "k_proj": s.k, "v_proj": s.k, "o_proj": s.whole_x}
+        kept += sum(size for name, size in outputs.items() if name in s.config.lora.targets)
+    return kept
 
 
 def halo(s: Sizes) -> float:
@@ -287,7 +164,7 @@ def attention_backward(m: Ledger, s: Sizes, layer: int, g: Gradients) -> None:
     if tp > 1:
         m.pass_by(BRIEF, s.whole_x + s.x)
         m.give(BRIEF, s.whole_x - s.x)
-    m.give(KEPT, s.whole_x)
+    m.give(KEPT, adapters(s) + (s.whole_x if s.learns("q_proj", "k_proj", "v_proj") else 0))
     norm_backward(m, s)
     m.take(GRADIENTS, g.norms / 2)
     m.pass_by(BRIEF, s.x)  # the sum with what went around
@@ -316,7 +193,8 @@ def wide_input(s: Sizes) -> float:
     """The router's own copy of its input and of its weight, in fp32."""
     if s.item == 4:
         return 0.0
-    return 4 * s.shape.hidden_size * (s.tokens + s.shape.num_local_experts)
+    tokens = s.tokens if s.learns("router") else 0
+    return 4 * s.shape.hidden_size * (tokens + s.shape.num_local_experts)
 
 
 def moe(m: Ledger, s: Sizes) -> None:
@@ -333,10 +211,15 @@ def moe(m: Ledger, s: Sizes) -> None:
         m.give(BRIEF, s.tokens * experts * 8)
     m.give(BRIEF, s.tokens * experts * 4)
     exchanged_experts(m, s)
-    if s.item == 2:
+    if not keeps_normed(s):
         m.give(KEPT, s.x)
     m.take(KEPT, s.x)
     m.give(BRIEF, s.x)
+
+
+def keeps_normed(s: Sizes) -> bool:
+    """Whether the router keeps its input as it is, and not in a wider copy or not at all."""
+    return s.item == 4 and s.learns("router")
 
 
 def exchanged_experts(m: Ledger, s: Sizes) -> None:
@@ -372,11 +255,16 @@ def exchanged_experts(m: Ledger, s: Sizes) -> None:
 def kept_by_experts(s: Sizes) -> float:
     """Rows, their order and weights, gate and up; and of the exchange the order."""
     exchange = s.routed * 8 if s.config.parallel.ep > 1 else 0
+    if s.adapted_experts:
+        return adapted.kept_by_experts(s) + exchange
     return s.row + s.routed * (8 + s.item) + 2 * s.inner + exchange
 
 
 def experts(m: Ledger, s: Sizes) -> None:
     """Rows -> what their experts found, BRIEF."""
+    if s.adapted_experts:
+        adapted.experts(m, s)
+        return
     m.take(KEPT, s.row + s.routed * (8 + s.item))
     m.pass_by(BRIEF, s.routed * 8 * 2)
     if s.cuda:
@@ -415,7 +303,9 @@ def moe_backward(m: Ledger, s: Sizes, g: Gradients) -> None:
         m.give(BRIEF, gathered)
     m.take(BRIEF, s.row)
     m.take(GRADIENTS, g.experts)
-    if s.cuda:
+    if s.adapted_experts:
+        adapted.experts_backward(m, s)
+    elif s.cuda:
         m.pass_by(BRIEF, 8 * s.inner)
     else:
         # Nine inner rows at once; and rows that are filled up, of the last expert.
@@ -436,7 +326,7 @@ def moe_backward(m: Ledger, s: Sizes, g: Gradients) -> None:
     m.pass_by(BRIEF, 2 * scores + s.tokens * k * 8)
     m.pass_by(BRIEF, wide + scores + (s.x if s.item == 2 else 0))
     m.take(GRADIENTS, g.router)
-    m.give(KEPT, wide_input(s) + choice(s) + (s.x if s.item == 4 else 0))
+    m.give(KEPT, wide_input(s) + choice(s) + (s.x if keeps_normed(s) else 0))
     norm_backward(m, s)
     m.take(GRADIENTS, g.norms / 2)
     m.pass_by(BRIEF, s.x)
@@ -465,57 +355,3 @@ def outputs_kept(s: Sizes, layer: int) -> tuple[float, float]:
     both = s.k + (s.q + s.lse) * attended + 2 * s.inner + chosen * 8
     alone = s.q + s.k + s.whole_x + s.row + chosen * 4 + scores
     return both + alone, both
-
-
-def head(m: Ledger, s: Sizes, vocab: int, whole_vocab: int) -> None:
-    """The last norm and the loss: its gradients are found at once, and kept.
-
-    Args:
-        vocab: rows of this rank.
-    """
-    norm(m, s)
-    tp, hidden = s.config.parallel.tp, s.shape.hidden_size
-    if tp > 1:
-        m.take(KEPT, s.whole_x)
-        m.pass_by(BRIEF, s.whole_x)
-        m.give(KEPT, s.x)
-    m.take(LOSS, s.whole_x)
-    m.take(LOSS, vocab * hidden * 4)
-    gathers = tp > 1 and not s.config.parallel.loss_parallel
-    size = -(-whole_vocab // tp)
-    chunk = min(default_chunk_tokens(s.device, whole_vocab if gathers else size), s.attended)
-    m.take(LOSS, chunk * vocab * s.item)
-    cast = 2 if s.item == 2 else 1
-    if tp == 1:
-        rows = min(chunk, max(1, _WIDE_LOGITS[s.device] // vocab))
-        m.pass_by(LOSS, rows * vocab * 4 * cast)
-    elif gathers:
-        rows = min(chunk, max(1, _WIDE_LOGITS[s.device] // whole_vocab))
-        m.take(LOSS, 2 * chunk * size * tp * s.item)
-        m.pass_by(LOSS, rows * whole_vocab * 4 * cast)
-        m.give(LOSS, 2 * chunk * size * tp * s.item)
-    else:
-        m.pass_by(LOSS, chunk * vocab * 4 * (cast - 1))
-    m.pass_by(LOSS, 4096 * hidden * 4)
-    if s.item == 2:
-        m.take(LOSS, vocab * hidden * s.item)
-        m.give(LOSS, vocab * hidden * 4)
-    m.give(LOSS, chunk * vocab * s.item)
-
-
-def head_backward(m: Ledger, s: Sizes, weight: float) -> None:
-    """The loss -> the gradient of the last block's output, BRIEF.
-
-    Args:
-        weight: bytes of the head's gradient.
-    """
-    tp = s.config.parallel.tp
-    m.take(BRIEF, s.whole_x)
-    m.take(GRADIENTS, weight)
-    m.give(LOSS, s.whole_x + weight)
-    m.give(KEPT, s.whole_x)
-    if tp > 1:
-        m.pass_by(BRIEF, s.whole_x + s.x)
-        m.give(BRIEF, s.whole_x - s.x)
-    norm_backward(m, s)
-    m.give(KEPT, s.x)

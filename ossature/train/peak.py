@@ -25,8 +25,7 @@ from ossature.data.loader import Batch
 from ossature.model.config import ModelConfig
 from ossature.model.moe import Router
 from ossature.parallel import mesh as meshes
-from ossature.parallel.gradients import global_norm, scale_and_clip
-from ossature.parallel.weights import initialise
+from ossature.parallel.gradients import global_norm, local, scale_and_clip
 from ossature.train import optim, setup
 from ossature.train import step as steps
 
@@ -48,7 +47,9 @@ def measure(
     with live.watching() if device == CPU else nullcontext():
         mesh = meshes.build(meshes.sizes(config.parallel, world), device.type)
         model, pipeline = setup.divided_model(config, shape, mesh, device)
-        initialise(model, config.seed)
+        for name, parameter in model.named_parameters():
+            packed = name.endswith(("_blocks", "_scales"))
+            torch.nn.init.normal_(local(parameter).detach(), std=0.0 if packed else 0.02)
         for block in model.blocks.values():
             router = block.get_submodule("moe.router")
             assert isinstance(router, Router)

@@ -1,0 +1,112 @@
+"""`ossature plan`: verdicts, refusals, searches, and the formulas against the code that divides."""
+
+from pathlib import Path
+
+import pytest
+
+from ossature import cli
+from ossature.config import DataConfig, ParallelConfig, TrainConfig
+from ossature.model.config import GPT_OSS_20B
+from ossature.model.flops import parameters
+from ossature.train import plan as plans
+from ossature.train.plan_command import parse_bytes
+from tests.small_runs import small_run
+
+ARGV = ["--run", "unused", "--data.mock", "--log.tensorboard", "false"]
+
+
+def planned(capsys, *words: str) -> tuple[int, str]:
+    status = cli.main(["plan", *ARGV, *words])
+    return status, "".join(capsys.readouterr())
+
+
+def test_bytes_are_read_with_their_unit():
+    assert parse_bytes("80GiB") == 80 * 2**30
+    assert parse_bytes("141GB") == 141 * 10**9
+    assert parse_bytes("1.5 TiB") == 3 * 2**39
+    for wrong in ("80", "GiB", "80Gb", "-1GB", "0GB"):
+        with pytest.raises(ValueError, match=r"^memory = .* must be a number and a unit"):
+            parse_bytes(wrong)
+
+
+def test_the_whole_optimizer_of_20b_does_not_fit_one_device(capsys):
+    """Weights and moments alone take 12 bytes a parameter: 251 GB."""
+    status, text = planned(capsys, "--model", "20b", "--ranks", "1", "--memory", "80GiB")
+    found = plans.plan(run_of_20b(), 1, "cuda").worst.peak
+
+    assert status == 1 and "does not fit" in text
+    assert found > 12 * parameters(GPT_OSS_20B)
+
+
+def run_of_20b(**axes) -> TrainConfig:
+    return TrainConfig(
+        run=Path("unused"), model="20b", data=DataConfig(mock=True),
+        parallel=ParallelConfig(**axes),
+    )  # fmt: skip
+
+
+def test_a_layout_that_fits_says_what_is_left(capsys):
+    words = ["--model", "debug", "--ranks", "2", "--memory", "80GiB"]
+    status, text = planned(capsys, *words)
+
+    assert status == 0
+    assert "GiB left of 80.0" in text
+
+
+def test_an_impossible_layout_is_refused_in_the_words_of_training(capsys):
+    words = ["--model", "debug", "--ranks", "4", "--parallel.tp", "4"]
+    status, text = planned(capsys, *words)
+
+    assert status == 2
+    assert text == "error: parallel.tp (4) must divide num_key_value_heads (2)\n"
+
+
+def test_a_search_lists_layouts_that_fit_and_the_fastest_first():
+    config = small_run(Path("unused"))
+    found, _ = plans.search(config, 2, "cuda", 2**40)
+    times = [entry.time.total for entry in found]
+
+    assert times == sorted(times) and len(times) > 2
+    assert found[0].plan.config.recompute == "none"
+    least = min(entry.plan.worst.peak for entry in found)
+    fewer, _ = plans.search(config, 2, "cuda", least)
+    assert fewer and all(entry.plan.worst.peak <= least for entry in fewer)
+    assert plans.search(config, 2, "cuda", least / 100)[0] == []
+
+
+def test_less_memory_is_asked_where_blocks_are_computed_again():
+    def most(mode) -> float:
+        run = small_run(Path("unused"), recompute=mode)
+        return plans.plan(run, 1, "cuda").worst.peak
+
+    assert most("full") < most("selective") < most("none")
+
+
+LAYOUTS = [
+    {},
+    {"tp": 2, "ep": 4, "dp_replicate": 2},
+    {"pp": 2, "cp": 2, "etp": 2},
+    {"ep": 8, "tp": 2, "etp": 2},
+]
+
+
+@pytest.mark.parametrize("axes", LAYOUTS)
+def test_the_code_that_divides_makes_as_many_bytes_as_the_formulas(axes):
+    run = small_run(
+        Path("unused"), parallel=ParallelConfig(**axes), global_batch_tokens=32 * 64 * 2
+    )
+    made = plans.dry_run(run, 64)
+
+    assert made.weight_bytes == made.planned_weights
+    assert made.state_bytes == made.planned_states
+
+
+def test_adapters_and_packed_weights_are_counted_as_they_are_made():
+    run = small_run(
+        Path("unused"), lora__rank=4, lora__base="mxfp4", parallel=ParallelConfig(ep=2),
+        optim__states="8bit",
+    )  # fmt: skip
+    made = plans.dry_run(run, 4)
+
+    assert made.weight_bytes == made.planned_weights
+    assert made.state_bytes == made.planned_states
