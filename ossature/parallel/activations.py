@@ -12,7 +12,7 @@ made for.  Experts are taken to be chosen evenly.  `ossature.parallel.memory` pu
 from __future__ import annotations
 
 from ossature.parallel import adapted
-from ossature.parallel.sizes import BRIEF, GRADIENTS, KEPT, Gradients, Ledger, Sizes
+from ossature.parallel.sizes import BRIEF, GRADIENTS, KEPT, Bytes, Gradients, Ledger, Sizes
 
 
 def norm(m: Ledger, s: Sizes) -> None:
@@ -57,7 +57,7 @@ def attention(m: Ledger, s: Sizes, layer: int) -> None:
     m.give(BRIEF, s.x)
 
 
-def adapters(s: Sizes) -> float:
+def adapters(s: Sizes) -> Bytes:
     """What adapters of attention's matrices keep: narrowed inputs; with DoRA, outputs too."""
     kept = s.attended * s.low("q_proj", "k_proj", "v_proj", "o_proj")
     if s.config.lora.rank and s.config.lora.dora:
@@ -66,7 +66,7 @@ def adapters(s: Sizes) -> float:
     return kept
 
 
-def halo(s: Sizes) -> float:
+def halo(s: Sizes) -> Bytes:
     """Tokens before a rank's chunks, as a share of its own."""
     return 2 * s.rows * (s.shape.sliding_window - 1) / s.attended
 
@@ -117,7 +117,7 @@ def core(m: Ledger, s: Sizes, layer: int) -> None:
         m.give(KEPT, 2 * s.k + (s.q if slides and not s.cuda else 0))
 
 
-def kept_by_core(s: Sizes, layer: int) -> float:
+def kept_by_core(s: Sizes, layer: int) -> Bytes:
     """What `core` adds to KEPT."""
     m = Ledger()
     core(m, s, layer)
@@ -172,24 +172,24 @@ def attention_backward(m: Ledger, s: Sizes, layer: int, g: Gradients) -> None:
     m.give(KEPT, s.x)
 
 
-def statistics(s: Sizes) -> float:
+def statistics(s: Sizes) -> Bytes:
     """What the sums over the tokens keep of a router's scores, until the loss is found."""
     per_token = 3 * s.shape.num_local_experts * 4 + 8
     return s.tokens * per_token if s.sums else 0.0
 
 
-def statistics_kept(s: Sizes) -> float:
+def statistics_kept(s: Sizes) -> Bytes:
     """Of that, what a router loss needs for its backward pass."""
     router = s.config.router
     return statistics(s) if router.aux_loss or router.z_loss else 0.0
 
 
-def choice(s: Sizes) -> float:
+def choice(s: Sizes) -> Bytes:
     """What the weights of the chosen experts keep: their numbers, and the softmax."""
     return s.tokens * s.shape.num_experts_per_tok * (8 + 4)
 
 
-def wide_input(s: Sizes) -> float:
+def wide_input(s: Sizes) -> Bytes:
     """The router's own copy of its input and of its weight, in fp32."""
     if s.item == 4:
         return 0.0
@@ -252,7 +252,7 @@ def exchanged_experts(m: Ledger, s: Sizes) -> None:
         m.give(BRIEF, 2 * gathered)
 
 
-def kept_by_experts(s: Sizes) -> float:
+def kept_by_experts(s: Sizes) -> Bytes:
     """Rows, their order and weights, gate and up; and of the exchange the order."""
     exchange = s.routed * 8 if s.config.parallel.ep > 1 else 0
     if s.adapted_experts:
@@ -283,7 +283,7 @@ def experts(m: Ledger, s: Sizes) -> None:
         m.pass_by(BRIEF, 3 * one_expert(s))
 
 
-def one_expert(s: Sizes) -> float:
+def one_expert(s: Sizes) -> Bytes:
     """Inner rows of one expert: on CPU they are computed one after the other."""
     mine = s.shape.num_local_experts // s.config.parallel.ep
     return s.inner / mine
@@ -339,14 +339,14 @@ def block(m: Ledger, s: Sizes, layer: int) -> None:
     moe(m, s)
 
 
-def kept_by_block(s: Sizes, layer: int) -> float:
+def kept_by_block(s: Sizes, layer: int) -> Bytes:
     """What a block adds to KEPT: what it returns is among it."""
     m = Ledger()
     block(m, s, layer)
     return m.held[KEPT]
 
 
-def outputs_kept(s: Sizes, layer: int) -> tuple[float, float]:
+def outputs_kept(s: Sizes, layer: int) -> tuple[Bytes, Bytes]:
     """Under selective recomputation: outputs of operators that are kept; and of those, what a
     block that is not recomputed keeps too."""
     scores = s.tokens * s.shape.num_local_experts * 4

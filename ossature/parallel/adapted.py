@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ossature.parallel.sizes import BRIEF, KEPT, Ledger, Sizes
+from ossature.parallel.sizes import BRIEF, KEPT, Bytes, Ledger, Sizes
 
 
-def kept_by_experts(s: Sizes) -> float:
+def kept_by_experts(s: Sizes) -> Bytes:
     """Rows as adapters need them, their order and weights, both pre-activations, the inner rows."""
     kept = s.routed * (8 + s.item + s.low("gate_up", "down")) + 2 * s.inner
     kept += s.row if "gate_up" in s.config.lora.targets else 0
@@ -16,7 +16,7 @@ def kept_by_experts(s: Sizes) -> float:
     return kept
 
 
-def unpacked(s: Sizes) -> float:
+def unpacked(s: Sizes) -> Bytes:
     """Of packed matrices, what exists as numbers at a time: one expert's on CPU, else a layer's."""
     if s.config.lora.base != "mxfp4":
         return 0.0

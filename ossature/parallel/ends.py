@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ossature.kernels.cross_entropy import _WIDE_LOGITS, default_chunk_tokens
 from ossature.parallel.activations import norm, norm_backward
-from ossature.parallel.sizes import BRIEF, GRADIENTS, KEPT, LOSS, Ledger, Sizes
+from ossature.parallel.sizes import BRIEF, GRADIENTS, KEPT, LOSS, Bytes, Ledger, Sizes
 
 
 def head(m: Ledger, s: Sizes, vocab: int, whole_vocab: int) -> None:
@@ -46,7 +46,7 @@ def head(m: Ledger, s: Sizes, vocab: int, whole_vocab: int) -> None:
     m.give(LOSS, chunk * vocab * s.item)
 
 
-def head_backward(m: Ledger, s: Sizes, weight: float) -> None:
+def head_backward(m: Ledger, s: Sizes, weight: Bytes) -> None:
     """The loss -> the gradient of the last block's output, BRIEF.
 
     Args:

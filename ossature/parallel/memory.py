@@ -25,6 +25,7 @@ from ossature.parallel.sizes import (
     GRADIENTS,
     KEPT,
     LOSS,
+    Bytes,
     Gradients,
     Ledger,
     Sizes,
@@ -40,9 +41,9 @@ PIPELINE, WAITING = "buffers of the pipeline", "gradients, put off"
 class Use:
     """Of one rank."""
 
-    peak: float
+    peak: Bytes
     """Bytes."""
-    at_peak: dict[str, float]
+    at_peak: dict[str, Bytes]
     """What they are."""
     layers: tuple[int, ...]
 
@@ -70,7 +71,7 @@ class Walk:
         self.micro_batches = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
 
     @property
-    def standing(self) -> float:
+    def standing(self) -> Bytes:
         """Bytes of weights, gradients and the optimizer: what there is at the end of a step."""
         groups = [group for stage in self.stages.values() for group in stage.groups]
         return sum(group.weights + group.shards + group.states for group in groups)
@@ -152,7 +153,7 @@ class Walk:
         stage.held_output = 0.0
 
     @property
-    def forgotten(self) -> float:
+    def forgotten(self) -> Bytes:
         """What routers' statistics keep of a block until the loss is found, and no longer."""
         return parts.statistics(self.s) - parts.statistics_kept(self.s)
 
@@ -172,7 +173,7 @@ class Walk:
             m.give(KEPT, kept - s.x)
             m.take(KEPT, parts.outputs_kept(s, layer)[0])
 
-    def tables(self) -> float:
+    def tables(self) -> Bytes:
         """Of a micro-batch: the angles of RoPE, and what a window sees."""
         s = self.s
         tables = s.attended * s.shape.head_dim * 4
@@ -271,14 +272,14 @@ class Walk:
         m.take(PIPELINE, s.x)
 
     @property
-    def waiting(self) -> float:
+    def waiting(self) -> Bytes:
         """What the first half of a block's backward leaves for the second: gradients of outputs
         of its matrices and norms."""
         s = self.s
         scores = s.tokens * s.shape.num_local_experts * 4
         return 2 * s.x + s.whole_x + s.q + 2 * s.k + s.row + scores
 
-    def freed_by_block(self, layer: int) -> float:
+    def freed_by_block(self, layer: int) -> Bytes:
         """What a block's backward lets go of, its input among it."""
         m = Ledger()
         none = Gradients(0, 0, 0, 0, 0)

@@ -14,7 +14,7 @@ from torch import nn
 from ossature.config import ParallelConfig, TrainConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel.expert import SPLITS
-from ossature.parallel.sizes import Gradients
+from ossature.parallel.sizes import Bytes, Gradients
 from ossature.parallel.tensor import ROWS
 
 
@@ -29,7 +29,7 @@ class Weight:
     used_item: int
     """Bytes of a number, as it is computed with."""
     trained: bool
-    state_bytes: float
+    state_bytes: Bytes
     """Of the optimizer, for one number."""
 
     @property
@@ -72,7 +72,7 @@ TENSOR_SPLITS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "sinks", "lm_head")
 }
 """The dim of each parameter that tp splits, by leaf module."""
 
-StateBytes = Callable[[str, nn.Parameter], float]
+StateBytes = Callable[[str, nn.Parameter], Bytes]
 """Bytes of the optimizer for one number of a trained parameter."""
 
 

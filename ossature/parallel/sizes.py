@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ossature.config import TrainConfig
 from ossature.model.config import ModelConfig
 
+Bytes = int | float
+"""A count of bytes; shares of experts and of halos make fractions."""
+
 KEPT, BRIEF, LOSS = "activations", "temporary", "loss"
 GRADIENTS = "gradients, whole"
 """Of the weights as they are gathered, before they are reduced."""
@@ -16,27 +19,27 @@ class Ledger:
     """Bytes held, by what they are for; and how they were when there were most of them."""
 
     def __init__(self) -> None:
-        self.held: dict[str, float] = {}
+        self.held: dict[str, Bytes] = {}
         self.total = 0.0
         self.peak = 0.0
-        self.at_peak: dict[str, float] = {}
+        self.at_peak: dict[str, Bytes] = {}
 
-    def take(self, what: str, size: float) -> None:
+    def take(self, what: str, size: Bytes) -> None:
         self.held[what] = self.held.get(what, 0.0) + size
         self.total += size
         if self.total > self.peak:
             self.peak, self.at_peak = self.total, dict(self.held)
 
-    def give(self, what: str, size: float) -> None:
+    def give(self, what: str, size: Bytes) -> None:
         self.held[what] = self.held.get(what, 0.0) - size
         self.total -= size
 
-    def pass_by(self, what: str, *sizes: float) -> None:
+    def pass_by(self, what: str, *sizes: Bytes) -> None:
         """Taken together and given back at once."""
         self.take(what, sum(sizes))
         self.give(what, sum(sizes))
 
-    def move(self, what: str, to: str, size: float) -> None:
+    def move(self, what: str, to: str, size: Bytes) -> None:
         self.held[what] -= size
         self.held[to] = self.held.get(to, 0.0) + size
 
@@ -81,12 +84,12 @@ class Sizes:
         return self.tokens * self.config.parallel.etp * self.shape.num_experts_per_tok
 
     @property
-    def x(self) -> float:
+    def x(self) -> Bytes:
         """What goes from block to block."""
         return self.tokens * self.shape.hidden_size * self.item
 
     @property
-    def whole_x(self) -> float:
+    def whole_x(self) -> Bytes:
         """The same where tp does not divide it."""
         return self.x * self.config.parallel.tp
 
@@ -95,35 +98,35 @@ class Sizes:
         return self.shape.num_attention_heads // self.config.parallel.tp
 
     @property
-    def q(self) -> float:
+    def q(self) -> Bytes:
         return self.attended * self.heads * self.shape.head_dim * self.item
 
     @property
-    def k(self) -> float:
+    def k(self) -> Bytes:
         kv_heads = self.shape.num_key_value_heads // self.config.parallel.tp
         return self.attended * kv_heads * self.shape.head_dim * self.item
 
     @property
-    def lse(self) -> float:
+    def lse(self) -> Bytes:
         return self.attended * self.heads * 4
 
     @property
-    def row(self) -> float:
+    def row(self) -> Bytes:
         """One row for each choice, `hidden` wide."""
         return self.routed * self.shape.hidden_size * self.item
 
     @property
-    def inner(self) -> float:
+    def inner(self) -> Bytes:
         """One row for each choice, as wide as a rank's part of an expert."""
         return self.routed * self.shape.intermediate_size // self.config.parallel.etp * self.item
 
     @property
-    def widened(self) -> float:
+    def widened(self) -> Bytes:
         """fp32 numbers of a norm that exist at a time."""
         numbers = self.tokens * self.shape.hidden_size
         return 4 * (numbers if self.cuda else min(numbers, 2**17))
 
-    def low(self, *targets: str) -> float:
+    def low(self, *targets: str) -> Bytes:
         """Bytes of a token's inputs, as the adapters of these matrices narrow them."""
         lora = self.config.lora
         return lora.rank * self.item * sum(target in lora.targets for target in targets)
@@ -149,8 +152,8 @@ class Sizes:
 class Gradients:
     """Bytes of the gradients of a block's weights, in the precision of the computation."""
 
-    o_proj: float
-    qkv: float
-    router: float
-    experts: float
-    norms: float
+    o_proj: Bytes
+    qkv: Bytes
+    router: Bytes
+    experts: Bytes
+    norms: Bytes

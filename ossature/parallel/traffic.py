@@ -10,7 +10,7 @@ from ossature.config import TrainConfig
 from ossature.model.config import ModelConfig
 from ossature.parallel.activations import halo
 from ossature.parallel.shards import Stage
-from ossature.parallel.sizes import Sizes
+from ossature.parallel.sizes import Bytes, Sizes
 
 
 def traffic(
@@ -20,7 +20,7 @@ def traffic(
     stages: list[Stage],
     micro_batches: int,
     device: str,
-) -> dict[str, float]:
+) -> dict[str, Bytes]:
     """Of one rank, by axis.
 
     Args:
@@ -30,9 +30,9 @@ def traffic(
     layers = [layer for stage in stages for layer in stage.layers]
     # A block that is computed again communicates again; its gathered weights are there.
     passes = 3 if config.recompute != "none" else 2
-    found: dict[str, float] = {}
+    found: dict[str, Bytes] = {}
 
-    def add(axis: str, ranks: int, size: float) -> None:
+    def add(axis: str, ranks: int, size: Bytes) -> None:
         """Of one rank's part of what `ranks` parts make up."""
         if ranks > 1:
             found[axis] = found.get(axis, 0.0) + (ranks - 1) * size

@@ -61,7 +61,7 @@ def state_bytes(config: OptimConfig, name: str, parameter: nn.Parameter) -> floa
     moments = 1 if config.name == "muon" and is_hidden_matrix(name) else 2
     if config.states == "8bit" and parameter.dim() > 1 and parameter.shape[-1] % GROUP == 0:
         return moments * (1 + 4 / GROUP)
-    return moments * (2 if config.states == "bf16" else 4)
+    return moments * (2.0 if config.states == "bf16" else 4.0)
 
 
 def describe(optimizer: torch.optim.Optimizer) -> list[str]:

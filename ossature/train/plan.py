@@ -21,6 +21,7 @@ from ossature.model.transformer import Transformer
 from ossature.parallel import memory
 from ossature.parallel import mesh as meshes
 from ossature.parallel.gradients import local
+from ossature.parallel.sizes import Bytes
 from ossature.parallel.stages import stages_per_rank
 from ossature.parallel.traffic import traffic
 from ossature.train import optim, setup
@@ -37,7 +38,7 @@ class Plan:
     """Of each rank in a step."""
     uses: list[memory.Use]
     """Of each rank of the axis pp."""
-    traffic: dict[str, float]
+    traffic: dict[str, Bytes]
     """Bytes a step that a rank receives, by axis; the most of any rank."""
     flops: float
     """Of a rank in a step, what is computed again included."""
@@ -158,7 +159,7 @@ class Found:
 
 
 def search(
-    config: TrainConfig, world: int, device: str, memory_bytes: float, most: int = 10
+    config: TrainConfig, world: int, device: str, memory_bytes: Bytes, most: int = 10
 ) -> tuple[list[Found], int]:
     """The layouts that fit, the one with the least time first; and how many were gone through."""
     shape = setup.model_config(config.model, config.num_layers)
@@ -192,8 +193,8 @@ class DryRun:
 
     weight_bytes: int
     state_bytes: int
-    planned_weights: float
-    planned_states: float
+    planned_weights: Bytes
+    planned_states: Bytes
     seconds: float
     host_bytes: int
 

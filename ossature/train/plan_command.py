@@ -74,7 +74,7 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def gib(size: float) -> str:
+def gib(size: int | float) -> str:
     return f"{size / 2**30:,.2f}" if size < 10 * 2**30 else f"{size / 2**30:,.1f}"
 
 
