@@ -1,85 +1,75 @@
-"""Write a small chat set: sums and look-ups with thinking, for `make demo-sft` and for trying out.
+"""A small chat set that teaches something: sums and look-ups, with thinking.
 
-    python examples/make_chats.py FOLDER [--train 6000] [--held-out 200] [--seed 0]
+    python examples/make_chats.py FOLDER [--train 6000] [--seed 1]
 
-FOLDER/train.jsonl and FOLDER/held_out.jsonl have records of the shape `messages`; no question is in
-both.  A sum is worked out digit by digit in the thinking, so that its few steps, not every pair of
-numbers, have to be learnt; digits stand apart, so that any tokenizer sees one token for each.
+FOLDER/train.jsonl has conversations in the shape `messages`; FOLDER/questions.jsonl has questions
+that are in none of them, with their answers.  Every sum and every fact is asked in four wordings,
+one of which is held out: of a held-out question neither the wording nor the numbers are new, but
+only the two together.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-NAMES = (
-    "apple", "bread", "chair", "door", "egg", "fish", "glass", "house", "ink", "jar", "key", "lamp",
-    "moon", "nut", "oil", "pen", "ring", "salt", "tree", "wheel",
-)  # fmt: skip
+SUMS = (
+    "What is {a} + {b}?",
+    "Add {a} and {b}.",
+    "{a} birds sit, {b} come. How many?",
+    "I read {a} pages, then {b} pages. How many?",
+)
+LOOK_UPS = (
+    "Which number has {name}?",
+    "Give me the number of {name}.",
+    "Look up {name}.",
+    "{name} is in the list. What number?",
+)
+NAMES = ("red", "blue", "green", "list", "name", "file", "line", "test", "time", "path")
 
 
-def spaced(number: int) -> str:
-    """Digits apart: 47 is "4 7"."""
-    return " ".join(str(number))
-
-
-def addition(draw: random.Random) -> tuple[str, str, str]:
-    """Two numbers of two digits; the thinking adds the ones, then the tens."""
-    a, b = draw.randrange(10, 100), draw.randrange(10, 100)
-    ones = a % 10 + b % 10
-    carry, tens = ones // 10, a // 10 + b // 10 + ones // 10
-    steps = f"{a % 10} + {b % 10} = {spaced(ones)} , "
-    steps += f"{a // 10} + {b // 10} + {carry} = {spaced(tens)}"
-    return f"What is {spaced(a)} + {spaced(b)} ?", steps, spaced(a + b)
-
-
-def lookup(draw: random.Random) -> tuple[str, str, str]:
-    """A list of four names with a digit each, and one of the names to find."""
-    names = draw.sample(NAMES, 4)
-    digits = [draw.randrange(10) for _ in names]
-    place = draw.randrange(4)
-    listed = " , ".join(f"{name} = {digit}" for name, digit in zip(names, digits, strict=True))
-    question = f"{listed} . What is {names[place]} ?"
-    return question, f"{names[place]} = {digits[place]}", str(digits[place])
-
-
-TASKS: tuple[Callable[[random.Random], tuple[str, str, str]], ...] = (addition, lookup)
-
-
-def dialogues(seed: int) -> Iterator[dict]:
-    """Records without end, the tasks in turn, no question twice."""
-    draw, asked = random.Random(seed), set()
-    while True:
-        for task in TASKS:
-            question, thinking, answer = task(draw)
-            while question in asked:
-                question, thinking, answer = task(draw)
-            asked.add(question)
-            said = {"role": "assistant", "thinking": thinking, "content": answer}
-            yield {"messages": [{"role": "user", "content": question}, said]}
+def questions(rng: random.Random) -> list[list[tuple[str, str, str, str]]]:
+    """Of every sum and fact its wordings: kind, question, thinking, answer."""
+    found = []
+    for a in range(6):
+        for b in range(6):
+            total = str(a + b)
+            texts = [wording.format(a=a, b=b) for wording in SUMS]
+            found.append([("sum", text, f"{a} + {b} = {total}", total) for text in texts])
+    for name, number in zip(NAMES, rng.sample(range(10), len(NAMES)), strict=True):
+        texts = [wording.format(name=name) for wording in LOOK_UPS]
+        found.append([("look-up", text, f"{name} has {number}", str(number)) for text in texts])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=6000)
-    parser.add_argument("--held-out", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=6000, help="conversations")
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    sums = 90 * 90
-    if options.train + options.held_out > 2 * sums:
-        parser.error(f"there are {sums} different sums: ask for at most {2 * sums} records in all")
+    rng = random.Random(options.seed)
+    train, held_out = [], []
+    for n, wordings in enumerate(questions(rng)):
+        held_out.append(wordings.pop(n % len(wordings)))
+        train += wordings
     options.folder.mkdir(parents=True, exist_ok=True)
-    records = dialogues(options.seed)
-    for name, count in (("held_out", options.held_out), ("train", options.train)):
-        path = options.folder / f"{name}.jsonl"
-        with path.open("w", encoding="utf-8") as file:
-            for _ in range(count):
-                file.write(json.dumps(next(records)) + "\n")
-        print(f"{path}: {count} dialogues")
+    with (options.folder / "questions.jsonl").open("w", encoding="utf-8") as file:
+        for kind, question, _, answer in held_out:
+            row = {"question": question, "answer": answer, "kind": kind}
+            file.write(json.dumps(row) + "\n")
+    with (options.folder / "train.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(options.train):
+            _, question, thinking, answer = rng.choice(train)
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "thinking": thinking, "content": answer},
+            ]
+            file.write(json.dumps({"messages": messages, "reasoning_effort": "low"}) + "\n")
+    print(
+        f"{options.folder}: {options.train} conversations on {len(train)} questions, "
+        f"{len(held_out)} others held out"
+    )
 
 
 if __name__ == "__main__":

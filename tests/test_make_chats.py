@@ -1,6 +1,7 @@
 """The chat sets of examples/: what the generator writes, and the file that the docs show."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +11,15 @@ from ossature.data.conversations import conversation, shape_of
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def generate(folder: Path, seed: int = 0) -> tuple[list[dict], list[dict]]:
+def generate(folder: Path, seed: int = 1) -> tuple[list[dict], list[dict]]:
     script = ROOT / "examples" / "make_chats.py"
-    words = [folder, "--train", "400", "--held-out", "50", "--seed", seed]
+    words = [folder, "--train", "1500", "--seed", seed]
     subprocess.run([sys.executable, script, *map(str, words)], check=True, capture_output=True)
-    train, held_out = (
+    train, questions = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "held_out")
+        for name in ("train", "questions")
     )
-    return train, held_out
+    return train, questions
 
 
 def ask(record: dict) -> tuple[str, str, str]:
@@ -27,30 +28,32 @@ def ask(record: dict) -> tuple[str, str, str]:
 
 
 def test_answers_are_right_and_follow_from_the_thinking(tmp_path):
-    train, held_out = generate(tmp_path)
-    sums = 0
-    for question, thinking, answer in map(ask, train + held_out):
-        if "+" in question:
-            a, b = question.removeprefix("What is").removesuffix("?").replace(" ", "").split("+")
-            assert int(answer.replace(" ", "")) == int(a) + int(b)
-            ones, tens = (part.split("=") for part in thinking.split(","))
-            for left, right in (ones, tens):
-                assert sum(map(int, left.split("+"))) == int(right.replace(" ", ""))
-            assert answer == f"{tens[1].strip()} {ones[1].split()[-1]}"
-            sums += 1
+    train, questions = generate(tmp_path)
+    facts = {}
+    for question, thinking, answer in map(ask, train):
+        if "=" in thinking:
+            left, right = thinking.split(" = ")
+            assert str(sum(map(int, left.split(" + ")))) == right == answer
+            assert sorted(re.findall(r"\d+", question)) == sorted(left.split(" + "))
         else:
-            listed, name = question.removesuffix(" ?").split(" . What is ")
-            assert dict(pair.split(" = ") for pair in listed.split(" , "))[name] == answer
-            assert thinking == f"{name} = {answer}"
-    assert sums == (len(train) + len(held_out)) / 2
+            name, _, number = thinking.partition(" has ")
+            assert name in question and number == answer
+            assert facts.setdefault(name, number) == number
+    for row in questions:
+        found = re.findall(r"\d+", row["question"])
+        if row["kind"] == "sum":
+            assert row["answer"] == str(sum(map(int, found)))
+        else:
+            assert [row["answer"]] == [n for name, n in facts.items() if name in row["question"]]
 
 
-def test_no_held_out_question_is_trained_on(tmp_path):
-    train, held_out = generate(tmp_path)
-    questions = [ask(record)[0] for record in train + held_out]
+def test_no_question_held_out_is_trained_on(tmp_path):
+    train, questions = generate(tmp_path)
+    asked = {ask(record)[0] for record in train}
+    held_out = {row["question"] for row in questions}
 
-    assert (len(train), len(held_out)) == (400, 50)
-    assert len(set(questions)) == len(questions)
+    assert (len(train), len(held_out)) == (1500, 46)
+    assert len(asked) == 3 * 46 and not asked & held_out
 
 
 def test_the_seed_decides(tmp_path):
