@@ -25,7 +25,7 @@ LOOK_UPS = (
     "Look up {name}.",
     "{name} is in the list. What number?",
 )
-NAMES = ("red", "blue", "green", "list", "name", "file", "line", "test", "time", "path")
+NAMES = ("red", "blue", "green", "data", "code", "file", "line", "test", "time", "path")
 
 
 def questions(rng: random.Random) -> list[list[tuple[str, str, str, str]]]:
