@@ -194,6 +194,20 @@ class ParallelConfig:
     stage on one rank."""
     pp_chunks: int = 2
     """Stages of each rank under Interleaved1F1B."""
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    """Whether a block's gathered weights are dropped after its forward and gathered again for its
+    backward.  never keeps them for all micro-batches of a step; auto drops them unless there are
+    pipeline stages."""
+    prefetch_blocks: int = 0
+    """Blocks whose weights are gathered ahead of the block that computes, forward and backward;
+    0 leaves it to FSDP, which looks one block ahead."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are added up over ranks, and over micro-batches until then."""
+    reduce_every_micro_batch: bool = False
+    """Reduce-scatter after each micro-batch and keep gradients sharded in between: less memory, as
+    many times the communication.  Copies are still added up once a step."""
+    cpu_offload: bool = False
+    """Keep master weights, gradients and optimizer in the memory of the host, and step there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +300,11 @@ class TrainConfig:
             raise ValueError(
                 "lora.base = mxfp4 needs lora.rank: weights that are trained cannot be packed"
             )
+        if self.parallel.reduce_every_micro_batch and self.parallel.pp > 1:
+            raise ValueError(
+                f"parallel.reduce_every_micro_batch (True) must be false with parallel.pp "
+                f"({self.parallel.pp}): schedules reduce once, after the last micro-batch"
+            )
         if self.router.bias_update_rate and self.lora.rank:
             raise ValueError(
                 f"router.bias_update_rate ({self.router.bias_update_rate}) must be 0 with "
@@ -311,6 +330,7 @@ class TrainConfig:
         wrong = [
             (optim.clip != 0, f"optim.clip ({optim.clip}) must be 0"),
             (optim.name == "muon", "optim.name (muon) must be adamw"),
+            (self.parallel.cpu_offload, "parallel.cpu_offload (True) must be false"),
             (whole != micro, f"global_batch_tokens ({whole}) must be micro_batch_tokens ({micro})"),
             (
                 optim.weights != self.precision,

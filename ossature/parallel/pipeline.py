@@ -250,7 +250,7 @@ class Pipeline:
             self.stages[number],
             number,
             self.count,
-            next(self.stages[number].parameters()).device,
+            torch.device(self.mesh.device_type),
             input_args=(tokens if number == 0 else x.requires_grad_(), *along),
             output_args=(loss if number == self.count - 1 else x.requires_grad_(), *along),
             group=self.group,

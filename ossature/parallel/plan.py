@@ -47,5 +47,5 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
     if config.optim.in_backward:
         return None  # one rank whose weights are what is computed with: nothing to gather or cast
     for root in (model,) if pipeline is None else pipeline.stages.values():
-        shard(root, mesh, config.precision, experts)
+        shard(root, mesh, config, experts)
     return pipeline

@@ -34,6 +34,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     watch: Watch | None = None,
+    device: torch.device | None = None,
 ) -> Int[Tensor, "batch longer"]:
     """The prompts and what the model says next: (batch, seq + new).
 
@@ -49,6 +50,7 @@ def generate(
         top_k: tokens that stay possible at each draw; 0 keeps all.
         top_p: probability that the tokens that stay possible reach together; 1 keeps all.
         watch: sees the tokens as they come, and may end rows.
+        device: that computes; default: where the weights are.
 
     Raises:
         ValueError: an empty prompt, a token that is not in the vocabulary, or a number out of
@@ -57,7 +59,7 @@ def generate(
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be 0 or more")
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     tokens, document = batch_of(prompt_tokens, pad_id)
     tokens, document = tokens.to(device), document.to(device)
     _check_tokens(tokens[document >= 0], model.config.vocab_size)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ def validate(model: Transformer, loader: Loader, mesh: DeviceMesh) -> float:
     The set does not change from one call to the next, nor with the number of ranks.
     """
     rank, world = data_rank(mesh)
-    device = next(model.parameters()).device
+    device = torch.device(mesh.device_type)
     total = torch.zeros((), dtype=torch.float64, device=device)
     counted = 0
     with evaluating(model), inference(model):
@@ -83,7 +83,11 @@ def _turns(loader: Loader, world: int) -> Any:
 
 
 def samples(
-    model: Transformer, tokenizer: Any, config: SampleConfig, seed: int
+    model: Transformer,
+    tokenizer: Any,
+    config: SampleConfig,
+    seed: int,
+    device: torch.device | None = None,
 ) -> list[dict[str, str]]:
     """Each prompt with what the model says next.  All ranks make the same call."""
     prompts = [tokenizer.encode(prompt) for prompt in config.prompts]
@@ -98,6 +102,7 @@ def samples(
             stop_ids=() if end is None else (end,),
             pad_id=0 if end is None else end,
             seed=seed,
+            device=device,
         )
     texts = []
     for prompt, row in zip(config.prompts, rows[:, longest:].tolist(), strict=True):

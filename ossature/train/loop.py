@@ -149,13 +149,14 @@ def one_step(parts: Parts, batches: list[Batch], counted: int) -> Record:
         loss_scale=progress.loss_scale,
         log_router=routed,
         pipeline=parts.pipeline,
+        axes=config.parallel,
     )
     if parts.in_backward is None:
         scaled_norm = global_norm(parts.weights.values(), parts.mesh)
     else:
         scaled_norm = parts.in_backward.norm()
     # The one time in a step that the host waits for the device.
-    heads = torch.stack([sums.loss, sums.router_loss, scaled_norm])
+    heads = torch.stack([sums.loss, sums.router_loss, scaled_norm.to(sums.loss.device)])
     numbers = torch.cat([heads, sums.entropy, sums.counts.flatten()]).tolist()
     loss, router_loss, norm, *rest = numbers
     norm /= progress.loss_scale
@@ -229,7 +230,9 @@ def describe_speed(record: Record, parts: Parts) -> None:
 def show_samples(parts: Parts, screen: Screen) -> None:
     """Print what the model says, and append it to samples.jsonl."""
     config, step = parts.config, parts.progress.step
-    said = samples(parts.model, parts.tokenizer, config.sample, config.seed + step)
+    said = samples(
+        parts.model, parts.tokenizer, config.sample, config.seed + step, parts.ranks.device
+    )
     if parts.ranks.first:
         with (config.run / "samples.jsonl").open("a", encoding="utf-8") as file:
             for entry in said:

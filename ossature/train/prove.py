@@ -6,7 +6,7 @@ where training starts from zeros (sinks, biases), rows are packed from unequal d
 are ragged, and both sides step twice with the gradient clipped.
 
 Four things that cost time and change no number are held too: gradients are reduced over the ranks
-once a step, experts run no more often than recomputation asks for, compiled blocks do not fall back
+as often as the run asks for, experts run no more often than recomputation asks for, compiled blocks do not fall back
 to eager ones after too many recompilations, and the model's config stays as it is.
 """
 
@@ -224,7 +224,9 @@ def find(
     parameters = dict(model.named_parameters())
     optimizer = optim.build(parameters.items(), config.optim)
     counted = steps.count(mine, False, mesh).tokens
-    reductions, operators = _count_reductions(model), Operators()
+    every = config.parallel.reduce_every_micro_batch and mesh["dp_replicate"].size() == 1
+    reductions = _count_reductions(model, len(mine) if every else 1)
+    operators = Operators()
     counts_operators = device.type == "cpu" and not config.compile
     found = None
     for _ in range(2):
@@ -232,7 +234,9 @@ def find(
             torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
             operators if found is not None and counts_operators else nullcontext(),
         ):
-            sums = steps.accumulate(model, mine, counted, mesh, config.router, pipeline=pipeline)
+            sums = steps.accumulate(
+                model, mine, counted, mesh, config.router, pipeline=pipeline, axes=config.parallel
+            )
         norm = global_norm(parameters.values(), mesh)
         if found is None:
             numbers = {"loss": sums.loss.item(), "router_loss": sums.router_loss.item()}
@@ -272,8 +276,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if tensor.device_mesh.size() > 1 else tensor.to_local()
 
 
-def _count_reductions(model: Transformer) -> Callable[[], list[str]]:
-    """Counts the reductions of every FSDP group from now on; what it returns judges them."""
+def _count_reductions(model: Transformer, right: int) -> Callable[[], list[str]]:
+    """Counts the reductions of every FSDP group from now on; what it returns judges them.
+
+    With copies of the model, those are counted that add up over the copies.
+    """
     counts = dict.fromkeys(sharded(model), 0)
 
     def count(module):
@@ -286,8 +293,8 @@ def _count_reductions(model: Transformer) -> Callable[[], list[str]]:
         module.set_all_reduce_hook(count(module))
 
     def judge() -> list[str]:
-        most = max(counts.values(), default=1)
-        return [f"gradients are reduced up to {most} times a step"] if most != 1 else []
+        most = max(counts.values(), default=right)
+        return [f"gradients are reduced {most} times a step, not {right}"] if most != right else []
 
     return judge
 

@@ -202,7 +202,7 @@ def divided_model(
     """This rank's part of the model, weights not yet filled, balancing biases at zero."""
     model = whole_model(config, shape)
     pipeline = parallelize(model, mesh, config)
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if config.parallel.cpu_offload else device)
     if config.router.bias_update_rate:
         add_balance(model, device)
     return model, pipeline

@@ -15,16 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ossature.config import RouterConfig
+from ossature.config import ParallelConfig, RouterConfig
 from ossature.data.loader import Batch
 from ossature.model.moe import RouterLog, RouterStatistics
 from ossature.model.transformer import Transformer
 from ossature.parallel.collectives import sum_ranks
-from ossature.parallel.fsdp import reduce_gradients_now
+from ossature.parallel.fsdp import reduce_gradients_now, release
 from ossature.parallel.mesh import data_rank
 from ossature.parallel.pipeline import Inputs, Loss, Pipeline
 from ossature.parallel.stages import pack, unpack
 from ossature.train.loss import router_loss, shift
+
+DEFAULT = ParallelConfig()
 
 
 class Counted(NamedTuple):
@@ -74,12 +76,16 @@ def accumulate(
     loss_scale: float = 1.0,
     log_router: bool = True,
     pipeline: Pipeline | None = None,
+    axes: ParallelConfig = DEFAULT,
 ) -> Sums:
     """Gradients of the step into `.grad`, times `loss_scale`; what was measured on the way.
 
     Router losses are averaged over the micro-batches of all ranks.
+
+    Args:
+        axes: of the run, for what it says about reductions.
     """
-    device = next(model.parameters()).device
+    device = torch.device(mesh.device_type)
     layers = model.config.num_hidden_layers if log_router else 0
     experts = model.config.num_local_experts
     losses = torch.zeros(2, device=device)
@@ -110,9 +116,10 @@ def accumulate(
         for batch in batches
     ]
     if pipeline is None:
-        one_by_one(model, inputs, loss_of, note if log_router else None)
+        one_by_one(model, inputs, loss_of, note if log_router else None, axes)
     else:
         pipeline.step(inputs, loss_of, note if log_router else None)
+    release(model)
     # Ranks of tp find the same loss, those of cp parts of it; both find the same router losses.
     cp, tp = mesh["cp"].size(), mesh["tp"].size()
     losses /= torch.tensor([tp, cp * tp], device=device)
@@ -129,10 +136,11 @@ def one_by_one(
     batches: list[Inputs],
     loss_of: Loss,
     note: Callable[[int, RouterStatistics], None] | None,
+    axes: ParallelConfig,
 ) -> None:
     """Forward and backward of one micro-batch after the other; `Pipeline.step` without stages."""
     for n, batch in enumerate(batches):
-        reduce_gradients_now(model, n == len(batches) - 1)
+        reduce_gradients_now(model, n == len(batches) - 1, axes)
         forward_one(model, batch, loss_of, note).backward()
 
 
