@@ -23,7 +23,7 @@ def test_every_way_of_sharding_finds_what_one_process_finds():
         Layout(DDP),
         Layout({"reshard_after_forward": "always", **EVERY}),
         Layout({"reshard_after_forward": "never", "prefetch_blocks": 1}),
-        Layout({"prefetch_blocks": 2, "cpu_offload": True}, DEEP),
+        Layout({"prefetch_blocks": 2, "cpu_offload": True}),
     ]
     check(2, layouts)
 
