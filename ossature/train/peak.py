@@ -63,7 +63,10 @@ def measure(
                 torch.cuda.reset_peak_memory_stats(device)
             batches = _batches(config, shape, rank, ranks)
             counted = steps.count(batches, False, mesh).tokens
-            steps.accumulate(model, batches, counted, mesh, config.router, pipeline=pipeline)
+            steps.accumulate(
+                model, batches, counted, mesh, config.router, pipeline=pipeline,
+                axes=config.parallel,
+            )  # fmt: skip
             norm = global_norm(weights.values(), mesh)
             scale_and_clip(weights.values(), norm, config.optim.clip, 1.0)
             optimizer.step()

@@ -6,8 +6,8 @@ where training starts from zeros (sinks, biases), rows are packed from unequal d
 are ragged, and both sides step twice with the gradient clipped.
 
 Four things that cost time and change no number are held too: gradients are reduced over the ranks
-as often as the run asks for, experts run no more often than recomputation asks for, compiled blocks do not fall back
-to eager ones after too many recompilations, and the model's config stays as it is.
+as often as the run asks for, experts run no more often than recomputation asks for, compiled blocks
+do not fall back to eager ones after too many recompilations, and the model's config stays as it is.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def chosen_anew(patch: pytest.MonkeyPatch) -> None:
 
 def every_time(patch: pytest.MonkeyPatch) -> None:
     now = steps.reduce_gradients_now
-    patch.setattr(steps, "reduce_gradients_now", lambda model, _last: now(model, True))
+    patch.setattr(steps, "reduce_gradients_now", lambda model, _last, axes: now(model, True, axes))
 
 
 def fewer_heads(_patch: pytest.MonkeyPatch):
