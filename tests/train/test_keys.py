@@ -279,7 +279,7 @@ ELSEWHERE = {
     "compile": "tests/train/test_compile.py",
     "max_skipped_steps": "tests/train/test_loop.py",
     "resume": "tests/train/test_loop.py",
-    "timeout_seconds": "tests/parallel/test_watch.py",
+    "timeout_seconds": "tests/parallel/test_nodes.py",
 }
 HERE = (
     "run", "micro_batch_tokens", "eval.every_steps", "eval.tokens", "sample.every_steps",
