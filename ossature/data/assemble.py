@@ -35,6 +35,7 @@ from ossature.data.folder import (
 )  # fmt: skip
 from ossature.data.indexed import Writer, index_path, tokens_path
 from ossature.data.parts import Job, Record, make, tokens_and_lengths
+from ossature.data.shuffle import Documents, shuffled
 from ossature.data.sources import Part, cut, documents, find
 from ossature.data.tokenizer import Tokenizer, load
 
@@ -72,6 +73,11 @@ def build_folder(options: Options) -> dict[str, Any]:
         folder = partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tokenizer_folder, folder, ignore=shutil.ignore_patterns(RANKS_FILE))
+        stretches = (tokens_and_lengths(job.path) for job in jobs)
+        if options.shuffle:
+            tokens = sum(record.tokens for record in records)
+            stretches = shuffled(stretches, tokens, options.shuffle, partial / "buckets")
+        documents_in_all = sum(record.documents for record in records)
         manifest = {
             "ossature": version("ossature"),
             "inputs": list(options.inputs),
@@ -83,7 +89,8 @@ def build_folder(options: Options) -> dict[str, Any]:
                 "end_of_document": tokenizer.end_of_document,
             },
             "split": options.split,
-            "splits": _write_splits(folder, jobs, records, options.split),
+            "shuffle": options.shuffle,
+            "splits": _write_splits(folder, stretches, documents_in_all, options.split),
             "empty_documents": sum(record.empty for record in records),
             "ignored_files": found.ignored,
             "sources": [
@@ -141,28 +148,31 @@ def _size(part: Part) -> int:
 
 
 def _write_splits(
-    folder: Path, jobs: Sequence[Job], records: Sequence[Record], shares: str
+    folder: Path, stretches: Iterator[Documents], total: int, shares: str
 ) -> dict[str, dict[str, Any]]:
-    """Copy the parts, in order, into one indexed file per split."""
-    total = sum(record.documents for record in records)
-    splits: dict[str, dict[str, Any]] = {}
-    for split, wanted in split_documents(total, shares).items():
-        prefix = split_prefix(folder, split)
-        writer = Writer(prefix)
-        before = 0
-        for job, record in zip(jobs, records, strict=True):
+    """Write documents, which come in order, to one indexed file per split.
+
+    Args:
+        total: number of documents.
+    """
+    ranges = split_documents(total, shares)
+    writers = {split: Writer(split_prefix(folder, split)) for split in ranges}
+    before = 0
+    for tokens, lengths in stretches:
+        ends = np.cumsum(lengths, dtype=np.int64)
+        for split, wanted in ranges.items():
             first = max(wanted.start - before, 0)
-            last = min(wanted.stop - before, record.documents)
-            before += record.documents
-            if first >= last:
-                continue
-            tokens, lengths = tokens_and_lengths(job.path)
-            ends = np.cumsum(lengths, dtype=np.int64)
-            start, stop = ends[first] - lengths[first], ends[last - 1]
-            writer.add(tokens[start:stop], lengths[first:last])
+            last = min(wanted.stop - before, len(lengths))
+            if first < last:
+                start, stop = ends[first] - lengths[first], ends[last - 1]
+                writers[split].add(tokens[start:stop], lengths[first:last])
+        before += len(lengths)
+    assert before == total
+    splits: dict[str, dict[str, Any]] = {}
+    for split, writer in writers.items():
         writer.close()
         splits[split] = {"documents": writer.num_documents, "tokens": writer.num_tokens}
-        for path in (tokens_path(prefix), index_path(prefix)):
+        for path in (tokens_path(writer.prefix), index_path(writer.prefix)):
             splits[split][f"{path.suffix[1:]}_sha256"] = sha256(path)
     return splits
 

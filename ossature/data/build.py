@@ -32,7 +32,11 @@ class Options:
     included); 0 does not."""
     split: str = "9999,8,2"
     """Shares of the documents for training, validation and test: contiguous ranges, in the order
-    of the inputs."""
+    of the inputs or, with --shuffle, of the shuffle."""
+    shuffle: int = 0
+    """Seed of a shuffle of all documents, over all files, before they are divided among the splits;
+    0 keeps the order of the inputs.  It takes one more copy of the tokens on disk while it runs,
+    and memory for a bucket of 128 MiB, however much there is."""
     text_key: str = "text"
     """Key (JSONL) or column (Parquet, data sets) that holds the text."""
     workers: int = 0
@@ -44,8 +48,9 @@ class Options:
         split_documents(0, self.split)
         if not self.inputs:
             raise ValueError("give at least one input: a file, a folder, or python-stdlib")
-        if self.workers < 0:
-            raise ValueError(f"--workers ({self.workers}) must be at least 0")
+        for key in ("workers", "shuffle"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"--{key} ({getattr(self, key)}) must be at least 0")
         if self.train_tokenizer and (self.tokenizer or self.vocabulary):
             raise ValueError("give --tokenizer or --train-tokenizer, not both")
 
