@@ -247,6 +247,9 @@ class TrainConfig:
     """Of the computation; master weights, optimizer and reductions are fp32 throughout."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing.  selective keeps matrix products, experts and attention."""
+    offload_activations: bool = False
+    """Keep what a block keeps for its backward in the memory of the host, but for its weights: with
+    recompute full only its input."""
     compile: bool = False
     """torch.compile each block."""
     deterministic: bool = False
@@ -299,6 +302,16 @@ class TrainConfig:
         if self.lora.base == "mxfp4" and not self.lora.rank:
             raise ValueError(
                 "lora.base = mxfp4 needs lora.rank: weights that are trained cannot be packed"
+            )
+        if self.offload_activations and self.recompute == "selective":
+            raise ValueError(
+                "offload_activations (True) goes with recompute none or full, not selective: what "
+                "torch keeps there it does not hand over"
+            )
+        if self.offload_activations and self.compile:
+            raise ValueError(
+                "offload_activations (True) must be false with compile: a compiled block decides "
+                "itself what it keeps"
             )
         if self.parallel.reduce_every_micro_batch and self.parallel.pp > 1:
             raise ValueError(

@@ -12,7 +12,7 @@ from ossature.parallel.fsdp import COMPUTE_DTYPE, shard
 from ossature.parallel.mesh import dense_view, expert_view
 from ossature.parallel.packed import store_as_numbers, use_as_bytes
 from ossature.parallel.pipeline import Pipeline
-from ossature.parallel.recompute import recompute
+from ossature.parallel.recompute import offload, recompute
 from ossature.parallel.tensor import split_tensors
 
 
@@ -41,6 +41,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
     use_as_bytes(model)
     for block in model.blocks.values():
         recompute(block, config.recompute, dropout=config.lora.dropout > 0)
+        if config.offload_activations:
+            offload(block)
     if config.compile:
         for block in model.blocks.values():
             block.compile()

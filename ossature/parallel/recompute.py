@@ -3,6 +3,8 @@
 `none` keeps everything, `full` only the block's input, `selective` the input and the outputs of
 the operators in KEPT: matrix products, experts, attention, and the choice of experts.  The list
 names operators, not shapes.  What else there is (norms, RoPE, casts, residuals) is cheap.
+
+What is kept can wait in the memory of the host (`offload`).
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+
+from ossature.parallel.gradients import local
 
 KEPT = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::topk",
@@ -49,6 +54,41 @@ def recompute(block: nn.Module, mode: str, dropout: bool = False) -> None:
         return checkpoint(plain, *args, **how, **kwargs)
 
     block.forward = forward
+
+
+def offload(block: nn.Module) -> None:
+    """Keep what the block's backward needs on the host, in place; goes around `recompute`.
+
+    Weights stay where they are: FSDP drops and gathers them, and autograd is to see those.  The
+    host waits for each copy.
+    """
+    plain = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        own = {local(p).untyped_storage().data_ptr() for p in block.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+            if tensor.untyped_storage().data_ptr() in own:
+                return tensor
+            return tensor.device, to_host(tensor)
+
+        with saved_tensors_hooks(pack, _unpack):
+            return plain(*args, **kwargs)
+
+    block.forward = forward
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy, in memory that a CUDA device reads at full speed."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor)
+
+
+def _unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    device, copy = kept
+    return copy.to(device, non_blocking=True)
 
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

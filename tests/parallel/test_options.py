@@ -24,6 +24,7 @@ def test_every_way_of_sharding_finds_what_one_process_finds():
         Layout({"reshard_after_forward": "always", **EVERY}),
         Layout({"reshard_after_forward": "never", "prefetch_blocks": 1}),
         Layout({"prefetch_blocks": 2, "cpu_offload": True}),
+        Layout(changes={"offload_activations": True, "recompute": "full"}),
     ]
     check(2, layouts)
 
@@ -37,6 +38,8 @@ def test_four_ranks_find_what_one_process_finds():
         Layout({"pp": 2, "reshard_after_forward": "always", "prefetch_blocks": 1}, DEEP),
         Layout({"pp": 2, "cpu_offload": True, "pp_schedule": "ZBVZeroBubble"}, DEEP),
         Layout({"cp": 2, "reshard_after_forward": "never", **EVERY, "ep": 4}),
+        Layout({"cp": 2, "tp": 2, "ep": 2}, changes={"offload_activations": True}),
+        Layout({"pp": 2, "pp_schedule": "ZBVZeroBubble"}, DEEP, {"offload_activations": True}),
     ]
     check(4, layouts)
 
@@ -133,6 +136,14 @@ def test_bf16_reductions_round_each_term_of_a_gradient():
 @pytest.mark.parametrize(
     ("change", "line"),
     [
+        (
+            {"offload_activations": True, "recompute": "selective"},
+            "offload_activations (True) goes with recompute none or full, not selective: ",
+        ),
+        (
+            {"offload_activations": True, "compile": True},
+            "offload_activations (True) must be false with compile: ",
+        ),
         (
             {"parallel": ParallelConfig(pp=2, reduce_every_micro_batch=True)},
             "parallel.reduce_every_micro_batch (True) must be false with parallel.pp (2)",

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ossature.model.moe import RouterLog
 from ossature.model.transformer import Transformer
-from ossature.parallel.recompute import recompute
+from ossature.parallel import recompute as recomputing
+from ossature.parallel.recompute import offload, recompute, to_host
 from ossature.train.step import targets
 from tests.small_runs import TINY, ragged_batch
 
@@ -25,11 +26,13 @@ class Operators(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def run(mode: str):
+def run(mode: str, offloaded: bool = False):
     """Loss, gradients, tokens per expert and operator counts of one forward and backward."""
     model = Transformer(TINY)
     for block in model.blocks.values():
         recompute(block, mode)
+        if offloaded:
+            offload(block)
     batch, log = ragged_batch(4), RouterLog()
     with Operators() as operators:
         loss = model(
@@ -96,3 +99,30 @@ def test_names_of_parameters_do_not_change():
     for block in model.blocks.values():
         recompute(block, "full")
     assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_offloaded_activations_give_gradients_that_are_bit_equal(mode, monkeypatch):
+    """And what is moved is what the blocks keep, weights left out: with full, their inputs."""
+    loss, gradients, counts, _ = run(mode)
+    moved: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tensor)
+        return to_host(tensor)
+
+    monkeypatch.setattr(recomputing, "to_host", note)
+    loss_again, gradients_again, counts_again, _ = run(mode, offloaded=True)
+    assert torch.equal(loss, loss_again)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, gradients_again[name]), name
+    for before, after in zip(counts, counts_again, strict=True):
+        assert torch.equal(before, after)
+    assert not any(isinstance(tensor, torch.nn.Parameter) for tensor in moved)
+    hidden = (4, 32, TINY.hidden_size)
+    blocks = TINY.num_hidden_layers
+    if mode == "full":
+        wide = [tensor for tensor in moved if tensor.is_floating_point() and tensor.requires_grad]
+        assert [tuple(tensor.shape) for tensor in wide] == [hidden] * blocks
+    else:
+        assert sum(tuple(tensor.shape) == hidden for tensor in moved) >= 2 * blocks

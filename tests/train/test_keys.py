@@ -276,6 +276,7 @@ ELSEWHERE = {
     "optim.in_backward": "tests/train/test_adamw.py",
     "lora.quantize_base": "tests/train/test_lora.py",
     "recompute": "tests/parallel/test_recompute.py",
+    "offload_activations": "tests/parallel/test_recompute.py",
     "compile": "tests/train/test_compile.py",
     "max_skipped_steps": "tests/train/test_loop.py",
     "resume": "tests/train/test_loop.py",
