@@ -44,7 +44,7 @@ def flex_mask(run: Tensor, window: int | None) -> BlockMask:
 
     batch, seq = run.shape
     reach = seq if window is None else window
-    return create_block_mask(
+    return _create_block_mask(run.device.type)(
         lambda b, _head, query, key: (
             (key <= query) & (query - key < reach) & (run[b, query] == run[b, key])
         ),
@@ -65,7 +65,7 @@ def split_flex_mask(
     batch, queries = query_run.shape
     keys = key_run.shape[1]
     reach = 2**31 if window is None else window
-    return create_block_mask(
+    return _create_block_mask(query_run.device.type)(
         lambda b, _head, query, key: (
             (query_place[query] >= key_place[key])
             & (query_place[query] - key_place[key] < reach)
@@ -79,3 +79,9 @@ def split_flex_mask(
 @functools.cache
 def _flex(device_type: str):
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+@functools.cache
+def _create_block_mask(device_type: str):
+    """Eager, it makes every pair of a query and a key, 10 bytes each: 172 GB for a long row."""
+    return torch.compile(create_block_mask) if device_type == "cuda" else create_block_mask

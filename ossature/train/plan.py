@@ -189,49 +189,68 @@ def search(
 
 @dataclass(frozen=True)
 class DryRun:
-    """What the real code made of rank 0's part of the model, without memory and other ranks."""
+    """What the real code made of one rank's part of the model, without memory and other ranks."""
 
+    rank: int
     weight_bytes: int
     state_bytes: int
     planned_weights: Bytes
     planned_states: Bytes
     seconds: float
     host_bytes: int
+    """The most that this process has taken so far."""
+
+    @property
+    def equal(self) -> bool:
+        made = self.weight_bytes, self.state_bytes
+        return made == (self.planned_weights, self.planned_states)
 
 
-def dry_run(config: TrainConfig, world: int, rank: int = 0) -> DryRun:
-    """Build the mesh, the divided model and the optimizer's states as `rank` of `world` would.
+def dry_run(config: TrainConfig, world: int) -> list[DryRun]:
+    """Build mesh, divided model and optimizer as `world` ranks would: the first of each stage.
 
     One process stands for all: torch's fake process group does no communication, and tensors are
     on the meta device.
+
+    Raises:
+        ValueError: the layout cannot be; as training says it.
     """
+    sizes, shape = setup.check_layout(config, world)
+    walks, _ = _outline(config, world, "cuda", None)
+    found = []
+    for stage, walk in enumerate(walks):
+        began = time.monotonic()
+        rank = stage * (world // len(walks))
+        weights, states = _made(config, sizes, shape, rank, world)
+        groups = [group for part in walk.stages.values() for group in part.groups]
+        found.append(
+            DryRun(
+                rank,
+                weights,
+                states,
+                sum(group.weights for group in groups),
+                sum(group.states for group in groups),
+                time.monotonic() - began,
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            )
+        )
+    return found
+
+
+def _made(
+    config: TrainConfig, sizes: dict[str, int], shape: ModelConfig, rank: int, world: int
+) -> tuple[int, int]:
+    """Bytes of weights and of moments that the code which trains makes on a rank."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    began = time.monotonic()
-    sizes, shape = setup.check_layout(config, world)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         mesh = meshes.build(sizes, "cpu")
         model, _ = setup.divided_model(config, shape, mesh, torch.device("meta"))
         weights = dict(model.named_parameters())
-        optimizer = optim.build(weights.items(), config.optim, config.seed)
-        states = optim.state(optimizer)
-        weight_bytes = sum(local(p).nbytes for p in weights.values())
-        state = sum(local(t).nbytes for name, t in states.items() if not name.endswith(".step"))
+        states = optim.state(optim.build(weights.items(), config.optim, config.seed))
+        moments = (tensor for name, tensor in states.items() if not name.endswith(".step"))
+        return sum(local(p).nbytes for p in weights.values()), sum(local(t).nbytes for t in moments)
     finally:
         dist.destroy_process_group()
-    walks = memory.walks(
-        setup.whole_model(config, shape), config, sizes, "cuda",
-        lambda n, p: state_bytes(config, n, p),
-    )  # fmt: skip
-    groups = [group for stage in walks[0].stages.values() for group in stage.groups]
-    kilo = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return DryRun(
-        weight_bytes,
-        state,
-        sum(group.weights for group in groups),
-        sum(group.states for group in groups),
-        time.monotonic() - began,
-        kilo * 1024,
-    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from ossature.config import ParallelConfig, TrainConfig, parse
 
 if TYPE_CHECKING:
-    from ossature.train.plan import Found, Plan
+    from ossature.train.plan import DryRun, Found, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class PlanOptions(TrainConfig):
     search: bool = False
     """List layouts that fit, the one with the least time first."""
     dry_run: bool = False
-    """Build the mesh and the divided model of one rank by the code that trains, without memory
-    and without the others, and compare its weights and optimizer with the formulas."""
+    """Build mesh, divided model and optimizer by the code that trains, for the first rank of each
+    stage, without memory and other ranks; compare the bytes with those of the formulas."""
 
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -153,14 +153,13 @@ def list_layouts(found: list[Found], looked: int, options: PlanOptions) -> list[
     return lines
 
 
-def show_dry_run(run: object, config: TrainConfig, ranks: int) -> int:
-    from ossature.train.plan import DryRun
-
-    assert isinstance(run, DryRun)
-    equal = (run.weight_bytes, run.state_bytes) == (run.planned_weights, run.planned_states)
-    print(f"{config.model} on {ranks} ranks, rank 0 built by the code that trains:")
-    print(f"weights {run.weight_bytes:,} bytes, by formula {run.planned_weights:,.0f}")
-    print(f"optimizer {run.state_bytes:,} bytes, by formula {run.planned_states:,.0f}")
-    print(f"{run.seconds:.1f} s, {gib(run.host_bytes)} GiB of this machine")
-    print("equal" if equal else "NOT EQUAL")
+def show_dry_run(runs: list[DryRun], config: TrainConfig, ranks: int) -> int:
+    print(f"{config.model} on {ranks} ranks, made by the code that trains, and by formula:")
+    print("  rank          weights       by formula        optimizer       by formula  seconds")
+    for run in runs:
+        pairs = (run.weight_bytes, run.planned_weights, run.state_bytes, run.planned_states)
+        cells = "".join(f"{size:>17,.0f}" for size in pairs)
+        print(f"{run.rank:>6}{cells}{run.seconds:>9.2f}")
+    equal = all(run.equal for run in runs)
+    print(f"{'equal' if equal else 'NOT EQUAL'}; {gib(runs[-1].host_bytes)} GiB of this machine")
     return int(not equal)

@@ -4,7 +4,9 @@ import warnings
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
+from ossature.kernels import flex
 from ossature.kernels.flex import flex_attend, flex_mask
 from ossature.model.attention import Layout, attend
 
@@ -28,6 +30,20 @@ def test_forward_equals_the_eager_form(window):
 
     want = attend(q, k, v, sinks=sinks, mask=layout.mask(window))
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mask_is_the_same_when_its_making_is_compiled(monkeypatch):
+    """As it is on CUDA, without a number for each pair of a query and a key."""
+    _, layout = make("cpu", torch.float32)
+    plain = flex_mask(layout.run, 33)
+    monkeypatch.setattr(flex, "_create_block_mask", lambda _: torch.compile(create_block_mask))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own parts
+        compiled = flex_mask(layout.run, 33)
+
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(compiled, name), getattr(plain, name)), name
 
 
 @pytest.mark.gpu
