@@ -1,21 +1,16 @@
 """A folder opened on several ranks: what each reads, what it then has, and what it says."""
 
-import os
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
-from ossature.checkpoint import box
-from ossature.config import ParallelConfig
 from ossature.convert.folder import open_source
 from ossature.convert.model import load_model
 from ossature.convert.names import shapes
-from ossature.convert.open import open_model
-from ossature.parallel.launch import launched
 from ossature.sample.generate import generate
-from ossature.train.prove import whole
+from tests.convert import on_ranks
 from tests.convert.folders import convert
 from tests.ranks import run_ranks
 from tests.tiny import random_tokens
@@ -43,35 +38,6 @@ def folders(bf16: Path, mxfp4: Path, openai: Path) -> dict[str, Path]:
         "openai": openai,
         "native": convert(mxfp4, parent / "native", "native"),
     }
-
-
-def _open(folder: Path, axes: dict):
-    """The model, with the bytes of tensors that were read for it, and all bytes."""
-    counts, preadv = [], os.preadv
-    of_tensors, read_into = [], box._read_into
-
-    def counting(handle, buffer, *rest):
-        of_tensors.append(len(buffer))
-        read_into(handle, buffer, *rest)
-
-    with launched() as ranks, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "preadv", lambda *a: counts.append(preadv(*a)) or counts[-1])
-        patch.setattr(box, "_read_into", counting)
-        model = open_model(folder, ParallelConfig(**axes), torch.float32, ranks)
-    return model, sum(of_tensors), sum(counts)
-
-
-def _read(rank: int, world: int, cases: list[tuple[Path, dict]]) -> list:
-    """For each folder and layout: names, bytes of tensors, all bytes; numbers are compared here."""
-    found = []
-    for folder, axes in cases:
-        source = open_source(folder)
-        model, *counts = _open(folder, axes)
-        for name, parameter in model.named_parameters():
-            assert torch.equal(whole(parameter), source.read(name).float()), (axes, name)
-        found.append(([name for name, _ in model.named_parameters()], *counts))
-        source.close()
-    return found
 
 
 def stored_bytes(name: str, shape: tuple[int, ...], format: str) -> int:
@@ -104,7 +70,9 @@ def share(name: str, axes: dict, format: str) -> Fraction:
 
 def check(folders: dict[str, Path], cases: list[tuple[str, dict]]) -> None:
     size = shapes(open_source(folders["bf16"]).config)
-    ranks = run_ranks(2, _read, [(folders[format], axes) for format, axes in cases], seconds=150)
+    ranks = run_ranks(
+        2, on_ranks.read, [(folders[format], axes) for format, axes in cases], seconds=150
+    )
     for (format, axes), *found in zip(cases, *ranks, strict=True):
         for names, count, all_bytes in found:
             shares = {n: share(n, axes, format) * stored_bytes(n, size[n], format) for n in names}
@@ -131,32 +99,30 @@ def test_each_rank_reads_its_own_bytes_of_every_format(folders):
 def test_four_ranks_have_the_weights_of_every_format(folders):
     size = shapes(open_source(folders["bf16"]).config)
     cases = [(format, axes) for format in folders for axes in FOUR]
-    ranks = run_ranks(4, _read, [(folders[format], axes) for format, axes in cases], seconds=300)
+    ranks = run_ranks(
+        4, on_ranks.read, [(folders[format], axes) for format, axes in cases], seconds=300
+    )
     for (format, axes), *found in zip(cases, *ranks, strict=True):
         everything = sum(stored_bytes(name, shape, format) for name, shape in size.items())
         assert all(count < everything for _, count, _ in found), (format, axes)
 
 
-def _say(rank: int, world: int, folder: Path, layouts: list[dict]) -> list[list]:
-    said = []
-    for axes in layouts:
-        model, *_ = _open(folder, axes)
-        greedy = generate(model, PROMPTS, 16)
-        drawn = generate(model, PROMPTS, 16, temperature=1.0, seed=3)
-        said.append([greedy.tolist(), drawn.tolist()])
-    return said
-
-
 def alone(folder: Path) -> list:
     model = load_model(folder)
-    drawn = generate(model, PROMPTS, 16, temperature=1.0, seed=3)
-    return [generate(model, PROMPTS, 16).tolist(), drawn.tolist()]
+    drawn = generate(model, PROMPTS, 8, temperature=1.0, seed=3)
+    return [generate(model, PROMPTS, 8).tolist(), drawn.tolist()]
 
 
 def test_two_ranks_say_what_one_says_token_by_token(folders):
-    assert run_ranks(2, _say, folders["mxfp4"], TWO) == [[alone(folders["mxfp4"])] * len(TWO)] * 2
+    assert (
+        run_ranks(2, on_ranks.say, folders["mxfp4"], TWO, PROMPTS)
+        == [[alone(folders["mxfp4"])] * len(TWO)] * 2
+    )
 
 
 @pytest.mark.slow
 def test_four_ranks_say_what_one_says_token_by_token(folders):
-    assert run_ranks(4, _say, folders["bf16"], FOUR) == [[alone(folders["bf16"])] * len(FOUR)] * 4
+    assert (
+        run_ranks(4, on_ranks.say, folders["bf16"], FOUR, PROMPTS)
+        == [[alone(folders["bf16"])] * len(FOUR)] * 4
+    )

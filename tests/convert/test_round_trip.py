@@ -1,17 +1,14 @@
 """verify --round-trip on several ranks: all equal to the bit, or status 1 and a name."""
 
-import io
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 
-from ossature.convert import round_trip, verify
-from ossature.parallel.gradients import local
+from ossature.convert import verify
+from tests.convert import on_ranks
 from tests.convert.folders import assert_same_bits, convert, edit, weights
 from tests.golden import ROOT
 from tests.ranks import run_ranks
@@ -25,29 +22,6 @@ def odd(mxfp4: Path) -> Path:
     return edit(mxfp4, mxfp4.parent / "odd_blocks", **{name: blocks})
 
 
-def _verify(rank: int, world: int, commands: list[list[str]], fault: str) -> list[tuple[int, str]]:
-    """Exit status and output of each command."""
-    opened = round_trip.open_model
-
-    def faulty(*args):
-        model = opened(*args)
-        if rank == world - 1:
-            part = local(model.get_parameter(fault).data)
-            part.view(-1).view(torch.int16)[-1] ^= 1
-        return model
-
-    said = []
-    with pytest.MonkeyPatch.context() as patch:
-        if fault:
-            patch.setattr(round_trip, "open_model", faulty)
-        for command in commands:
-            out = io.StringIO()
-            with redirect_stdout(out):
-                status = verify.main(command)
-            said.append((status, out.getvalue()))
-    return said
-
-
 def axes(text: str) -> list[str]:
     return [f"--parallel.{word}" for word in text.split()]
 
@@ -57,7 +31,7 @@ EQUAL = "71 tensors, all equal to the bit after a round trip over"
 
 def test_two_ranks_give_back_every_bit(odd: Path, tmp_path: Path):
     command = [str(odd), "--round-trip", "--output", str(tmp_path / "back"), *axes("tp=2")]
-    first, second = run_ranks(2, _verify, [command], "")
+    first, second = run_ranks(2, on_ranks.run_verify, [command], "")
 
     ((status, out),) = first
     assert status == 0 and out.splitlines()[-1] == f"{EQUAL} 2 ranks"
@@ -71,7 +45,7 @@ def test_two_ranks_give_back_every_bit(odd: Path, tmp_path: Path):
 def test_one_bit_on_one_rank_is_found(bf16: Path):
     name = "blocks.2.attention.q_proj.weight"
     command = [str(bf16), "--round-trip", *axes("pp=2")]
-    (first, second) = run_ranks(2, _verify, [command], name)
+    (first, second) = run_ranks(2, on_ranks.run_verify, [command], name)
 
     assert first[0][0] == second[0][0] == 1
     lines = first[0][1].splitlines()
@@ -87,7 +61,7 @@ def test_four_ranks_give_back_every_bit_of_every_format(odd: Path, tmp_path: Pat
     commands = [
         [str(folder), "--round-trip", *axes(text)] for folder in [odd, *folders] for text in layouts
     ]
-    first, *others = run_ranks(4, _verify, commands, "", seconds=300)
+    first, *others = run_ranks(4, on_ranks.run_verify, commands, "", seconds=300)
 
     for command, (status, out) in zip(commands, first, strict=True):
         assert status == 0 and out.splitlines()[-1] == f"{EQUAL} 4 ranks", (command, out)
@@ -100,7 +74,7 @@ def test_logits_are_compared_by_all_ranks(bf16: Path, mxfp4: Path, tmp_path: Pat
     layouts = ["tp=2 cp=2", "pp=2 ep=2", "cp=2 pp=2"]
     pairs = [(str(mxfp4), str(same)), (str(bf16), str(same))]
     commands = [[*pair, "--logits", *axes(text)] for text in layouts for pair in pairs]
-    first, *_ = run_ranks(4, _verify, commands, "", seconds=200)
+    first, *_ = run_ranks(4, on_ranks.run_verify, commands, "", seconds=200)
 
     for (status, out), equal in zip(first, [True, False] * len(layouts), strict=True):
         (line,) = [line for line in out.splitlines() if line.startswith("largest")]
