@@ -134,10 +134,11 @@ def test_five_steps_have_the_metrics_of_one_process(tmp_path, alone_on_ragged_ma
 
 @pytest.mark.slow
 def test_a_run_goes_on_at_another_layout_with_the_metrics_of_one_process(tmp_path):
-    """4 ranks of which two divide each layer, then 2 that divide the experts, then one."""
+    """4 ranks that share all weights, 4 that divide layers and experts, then two, then one."""
     constant = {"optim__schedule": "constant", "router__bias_anneal_steps": 0}
     run_ranks(1, _train, [run_of(tmp_path / "alone", {}, **constant)])
-    for ranks, steps, axes in [(4, 2, {"tp": 2, "ep": 2, "etp": 2}), (2, 4, {"ep": 2}), (1, 5, {})]:
+    chain = [(4, 1, {}), (4, 3, {"tp": 2, "ep": 2}), (2, 4, {"etp": 2}), (1, 5, {})]
+    for ranks, steps, axes in chain:
         run_ranks(ranks, _train, [run_of(tmp_path / "run", axes, steps=steps, **constant)])
     agree(tmp_path / "run", tmp_path / "alone")
 
