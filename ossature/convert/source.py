@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ossature.checkpoint.box import Box, rows
 from ossature.checkpoint.safetensors import Reader, Spec
-from ossature.convert.layout import Format, Published, layout, specs
+from ossature.convert.layout import Format, Published, Stored, layout, specs
 from ossature.convert.names import UnknownTensor, shapes, unknown_sentence
-from ossature.kernels.mxfp4 import GROUP, dequantize
+from ossature.kernels.mxfp4 import GROUP, NOT_A_NUMBER, dequantize
 from ossature.model.config import ModelConfig
 
 CARRIED = (
@@ -115,7 +115,7 @@ class PublishedSource:
             # A group is 32 numbers of the last dim: whole groups, then what was asked of them.
             *outer, last = box
             groups = slice(last.start // GROUP, -(-last.stop // GROUP))
-            scales = self.reader.box(stored.names[1], (*outer, groups))
+            scales = self._checked(stored, self.reader.box(stored.names[1], (*outer, groups)))
             blocks = self.reader.box(stored.names[0], (*outer, groups, slice(0, GROUP // 2)))
             first = groups.start * GROUP
             return dequantize(blocks, scales)[..., last.start - first : last.stop - first]
@@ -133,7 +133,17 @@ class PublishedSource:
         if stored.kind != "packed":
             return None
         blocks, scales = (self.reader.read(part, start, stop) for part in stored.names)
-        return blocks, scales
+        return blocks, self._checked(stored, scales)
+
+    def _checked(self, stored: Stored, scales: Tensor) -> Tensor:
+        """The published decoder takes byte 255 for 2 ** 128; its standard says: not a number."""
+        if scales.numel() and int(scales.max()) == NOT_A_NUMBER:
+            place = self.reader.places[stored.names[1]]
+            raise ValueError(
+                f"{place.file}: {stored.names[1]} has a scale of {NOT_A_NUMBER}, which in MXFP4 "
+                "stands for no number: the file is damaged"
+            )
+        return scales
 
     def close(self) -> None:
         self.reader.close()

@@ -27,6 +27,9 @@ from torch import Tensor
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitude of each code."""
 GROUP = 32
+NOT_A_NUMBER = 255
+"""Scale byte that makes a group no numbers, by the standard (E8M0).  The published decoders, and
+`dequantize` to the bit, take it for 2 ** 128; whoever reads a file refuses it."""
 PIECE = 2**19
 """Numbers worked on at a time on a CPU: a few copies of them fit its cache."""
 

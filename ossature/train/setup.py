@@ -22,6 +22,7 @@ from ossature.config import TrainConfig, to_json
 from ossature.convert.base import BASE, base_of, check_base, read_base
 from ossature.convert.config import hugging_face_config, read_config
 from ossature.convert.folder import open_source, resolve
+from ossature.convert.hugging_face import generation_config, token_ids
 from ossature.convert.open import fill_model
 from ossature.convert.source import carried_files
 from ossature.data.loader import Loader
@@ -330,7 +331,7 @@ _NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 def small_files(
     shape: ModelConfig, origin: Path | None, tokenizer: Any, weights: str = "fp32"
 ) -> dict[str, bytes]:
-    """What makes a checkpoint a model that others can read.
+    """What makes a checkpoint a model that others can read, and that ends its texts.
 
     Args:
         origin: checkpoint whose tokenizer and chat template are carried on, unless the corpus has
@@ -338,6 +339,11 @@ def small_files(
     """
     carried = [] if origin is None else carried_files(resolve(origin))
     files = {file.name: file.read_bytes() for file in carried}
+    if tokenizer is not None:
+        shape = replace(shape, **token_ids(tokenizer.special))
+        before = json.loads(files.get("generation_config.json", b"{}"))
+        generation = before | generation_config(tokenizer.special)
+        files["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
     text = json.dumps(hugging_face_config(shape, dtype=_NAMES[weights]), indent=2) + "\n"
     files["config.json"] = text.encode()
     if tokenizer is not None:

@@ -371,3 +371,19 @@ def test_no_more_than_a_piece_is_read_or_written_at_a_time(mxfp4, tmp_path, monk
     assert max(sizes) == 8192  # a gate_up matrix of one expert: 64 x 64 in bfloat16
     assert len(sizes) > 300
     assert_same_bits(native(open_source(tmp_path / "back")), native(open_source(once)))
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_scale_that_stands_for_no_number_is_refused(place: str, mxfp4: Path, tmp_path: Path):
+    """Not so by the published decoders: to them it is 2 ** 128, and the weights infinite."""
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    scales = weights(mxfp4)[name].clone()
+    scales.view(-1)[0 if place == "first" else -1] = 255
+    source = open_source(edit(mxfp4, tmp_path / "damaged", **{name: scales}))
+
+    for read in (source.read, source.packed):
+        with pytest.raises(ValueError, match=rf"model\.safetensors: {name} has a scale of 255"):
+            read("blocks.1.moe.experts.down_weight")
+    scales[scales == 255] = 254
+    source = open_source(edit(mxfp4, tmp_path / "large", **{name: scales}))
+    assert source.read("blocks.1.moe.experts.down_weight").isinf().any()

@@ -9,10 +9,12 @@ import torch
 from ossature.checkpoint import store
 from ossature.convert.folder import open_source
 from ossature.convert.model import load_model, save_model
+from ossature.data.tokenizer import load as load_tokenizer
 from ossature.model.transformer import Transformer
 from ossature.train.loop import train
+from ossature.train.setup import small_files
 from tests.ranks import run_ranks
-from tests.small_runs import TINY, records, small_run
+from tests.small_runs import SIZES, TINY, records, small_run, text_corpus
 
 # With a rate of zero what is saved is what was loaded.
 STILL = {"steps": 1, "optim__min_lr": 0.0, "optim__lr": 0.0}
@@ -98,3 +100,25 @@ def test_a_checkpoint_of_another_model_is_refused_by_field(tmp_path, weights):
 def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises((ValueError, OSError), match="nowhere"):
         train(small_run(tmp_path / "run", init=tmp_path / "nowhere", **STILL))
+
+
+def test_a_checkpoint_says_which_tokens_end_a_text(tmp_path: Path):
+    from transformers import AutoTokenizer, GenerationConfig, GptOssConfig
+
+    tokenizer = load_tokenizer(text_corpus(tmp_path))
+    carried = tmp_path / "origin"
+    carried.mkdir()
+    (carried / ".metadata").touch()
+    (carried / "generation_config.json").write_text('{"temperature": 0.5, "eos_token_id": 7}')
+    files = small_files(SIZES["tiny_text"], carried, tokenizer)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    theirs, special = AutoTokenizer.from_pretrained(tmp_path), tokenizer.special
+
+    assert GptOssConfig.from_pretrained(tmp_path).eos_token_id == theirs.eos_token_id
+    assert GptOssConfig.from_pretrained(tmp_path).pad_token_id == theirs.pad_token_id
+    generation = GenerationConfig.from_pretrained(tmp_path)
+    ends = [special[f"<|{word}|>"] for word in ("return", "endoftext", "call")]
+    assert generation.eos_token_id == ends and ends[0] == theirs.eos_token_id
+    assert generation.bos_token_id == theirs.bos_token_id == special["<|startoftext|>"]
+    assert generation.pad_token_id == special["<|endoftext|>"] and generation.temperature == 0.5
