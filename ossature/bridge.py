@@ -172,12 +172,17 @@ class Provider:
             wrap_with_ddp: must be False: gradients are reduced by FSDP, in `ossature train`.
         """
         from ossature.convert.open import open_model
-        from ossature.parallel.launch import launched
+        from ossature.parallel.environment import environment
+        from ossature.parallel.launch import Ranks, launched
 
         if wrap_with_ddp:
             raise ValueError("wrap_with_ddp must be False: FSDP reduces gradients by itself")
         self.finalize()
         stack = ExitStack()
-        ranks = stack.enter_context(launched())
-        atexit.register(stack.close)
+        if environment().world == 1 and not dist.is_initialized():
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            ranks = Ranks(rank=0, local_rank=0, world=1, device=device)
+        else:
+            ranks = stack.enter_context(launched())
+            atexit.register(stack.close)  # the model talks to other ranks as long as it lives
         return open_model(self.bridge.folder, self.parallel, self.dtype, ranks)
