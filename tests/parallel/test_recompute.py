@@ -103,8 +103,7 @@ def test_names_of_parameters_do_not_change():
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_offloaded_activations_give_gradients_that_are_bit_equal(mode, monkeypatch):
-    """The key offload_activations; on CPU a copy is all that offloading is."""
-    """And what is moved is what the blocks keep, weights left out: with full, their inputs."""
+    """offload_activations moves what the blocks keep, weights left out: with full, their inputs."""
     loss, gradients, counts, _ = run(mode)
     moved: list[torch.Tensor] = []
 
