@@ -117,6 +117,10 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout ({self.dropout}) must be at least 0 and less than 1")
+        if self.rank and not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha ({self.alpha}) must be more than 0 and finite")
+        if self.quantize_base and self.base != "mxfp4":
+            raise ValueError(f"lora.quantize_base does nothing when lora.base is {self.base}")
         for target in self.targets:
             if target not in LORA_TARGETS:
                 raise ValueError(
@@ -333,6 +337,11 @@ class TrainConfig:
         optim = self.optim
         if optim.name == "muon" and optim.states == "8bit":
             raise ValueError("optim.states (8bit) must be fp32 or bf16 when optim.name is muon")
+        if optim.name == "muon" and self.lora.rank:
+            raise ValueError(
+                f"optim.name (muon) must be adamw with lora.rank ({self.lora.rank}): Muon steps "
+                "whole matrices, not the factors of their change"
+            )
         if optim.weights == "bf16" and self.precision != "bf16":
             raise ValueError(
                 f"optim.weights (bf16) must be fp32 when precision is {self.precision}"

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,17 +123,28 @@ def target_of(weight: str) -> str:
 
 
 def _open_run(folder: Path) -> Adapter:
-    state = read_json(folder / "state.json")
-    settings: dict[str, Any] = {
-        key.removeprefix("lora."): tuple(value) if isinstance(value, list) else value
-        for key, value in state["config"].items()
-        if key.startswith("lora.")
-    }
+    path = folder / "state.json"
+    config = read_json(path).get("config")
+    if not isinstance(config, dict) or "init" not in config:
+        raise ValueError(f"{path}: not the state of a run: it has no config with an init")
+    settings: dict[str, Any] = {}
+    for entry in fields(LoraConfig):
+        value, kind = config.get(f"lora.{entry.name}"), type(entry.default)
+        value = tuple(value) if isinstance(value, list) else value
+        if type(value) is not kind:
+            raise ValueError(f"{path}: lora.{entry.name} ({value!r}) must be of {kind.__name__}")
+        settings[entry.name] = value
+    unknown = [key for key in config if key.startswith("lora.") and key[5:] not in settings]
+    if unknown:
+        raise ValueError(f"{path}: {unknown[0]} is no setting of adapters that we know")
+    try:
+        lora = LoraConfig(**settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     shapes = {name: shape for name, (shape, _) in list_weights(folder).items()}
     return Adapter(
-        folder, LoraConfig(**settings), str(state["config"]["init"]), shapes,
-        lambda name: read_weight(folder, name),
-    )  # fmt: skip
+        folder, lora, str(config["init"]), shapes, lambda name: read_weight(folder, name)
+    )
 
 
 class Place(NamedTuple):
@@ -243,20 +254,36 @@ def peft_settings(settings: dict[str, Any], keys: set[str], path: Path) -> LoraC
         chosen += _expert_targets(
             settings.get("target_parameters") or [], "base_layer" in parts, path
         )
+    for key, kind in PEFT_TYPES.items():
+        value = settings.get(key)
+        if value is None and key in ("r", "lora_alpha"):
+            raise ValueError(f"{path}: lacks {key}")
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{path}: {key} ({value!r}) must be a number")
+    for key in ("use_dora", "use_rslora"):
+        if settings.get(key) not in (None, False, True):
+            raise ValueError(f"{path}: {key} ({settings[key]!r}) must be true or false")
+    if settings["r"] < 1:
+        raise ValueError(f"{path}: r ({settings['r']}) must be at least 1")
     try:
         return LoraConfig(
             rank=settings["r"], alpha=float(settings["lora_alpha"]),
-            dropout=float(settings.get("lora_dropout", 0.0)), dora=settings.get("use_dora", False),
-            rank_stabilised=settings.get("use_rslora", False),
+            dropout=float(settings.get("lora_dropout") or 0.0),
+            dora=bool(settings.get("use_dora")), rank_stabilised=bool(settings.get("use_rslora")),
             targets=tuple(target for target in LORA_TARGETS if target in chosen),
         )  # fmt: skip
-    except KeyError as missing:
-        raise ValueError(f"{path}: lacks {missing}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _expert_targets(named: list[str], both: bool, path: Path) -> list[str]:
+PEFT_TYPES = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}
+
+
+def _expert_targets(named: Any, both: bool, path: Path) -> list[str]:
     if both:
         return list(EXPERTS)
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{path}: target_parameters ({named!r}) must be a list of names")
     leaves = {name.rpartition(".")[2] for name in named}
     found = [target for target in EXPERTS if f"{target}_proj" in leaves]
     if len(found) != 1:

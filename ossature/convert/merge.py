@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ossature.checkpoint.box import Box
 from ossature.checkpoint.safetensors import Spec
-from ossature.convert.adapters import Adapter, parameter
+from ossature.convert.adapters import ENDS, Adapter, parameter
 from ossature.convert.layout import Format
 from ossature.convert.source import Source
 from ossature.convert.transfer import jobs
@@ -78,6 +78,12 @@ class MergedSource:
                 found = self.adapter.of(name)
                 assert found is not None, name
                 a, b, magnitude = found
+                for end, tensor in zip(ENDS, found, strict=True):
+                    if tensor is not None and not tensor.isfinite().all():
+                        raise ValueError(
+                            f"{self.adapter.folder}: {parameter(name, end)} has numbers that are "
+                            "not finite"
+                        )
                 wide = None if magnitude is None else magnitude.float()
                 self._last = name, (a.float(), b.float(), wide)
             return self._last[1]

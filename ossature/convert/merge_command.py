@@ -38,6 +38,7 @@ def merge(argv: list[str]) -> int:
 
     from ossature.convert import folder as folders
     from ossature.convert.adapters import is_adapter_folder, open_adapter, target_of
+    from ossature.convert.base import identity, read_base
     from ossature.convert.command import describe, size_bytes
     from ossature.convert.destination import check_free
     from ossature.convert.merge import Effect, MergedSource, effects
@@ -50,6 +51,12 @@ def merge(argv: list[str]) -> int:
     if not is_adapter_folder(folder):
         raise ValueError(f"{folder}: holds no adapter: neither PEFT's nor a run's with lora.rank")
     adapter = open_adapter(folder, base.config)
+    trained_on = read_base(folder)
+    if trained_on is not None and trained_on.identity != identity(options.base):
+        print(
+            f"warning: {adapter.folder}: the adapter was trained on "
+            f"{trained_on.folder or 'random weights'}, and the weights in {base.folder} are others"
+        )
     merged = MergedSource(base, adapter)
     packed = base.format in ("mxfp4", "openai")
     console = Console(stderr=True)
@@ -89,9 +96,10 @@ def merge(argv: list[str]) -> int:
             f"(least {worst:.1%}), with an error of {whole.error:.1%} of it"
         )
         if whole.share < VANISHED:
+            wider = "" if options.to == "bf16" else "use --to bf16, or "
             print(
                 f"warning: {target}: most of what the adapter does is lost in {options.to}; "
-                "use --to bf16, or serve the adapter beside its base"
+                f"{wider}serve the adapter beside its base"
             )
     print(f"{options.output}: written")
     return 0

@@ -201,10 +201,50 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     function = tool.get("function", tool) if isinstance(tool, dict) else tool
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool has no name")
-    parameters = function.get("parameters") or {}
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("properties") or {}, dict):
-        raise ValueError(f"tool {function['name']}: parameters must be a JSON schema")
+    place = f"tool {function['name']}"
+    function = {key: value for key, value in function.items() if value is not None}
+    if not isinstance(function.get("description", ""), str):
+        raise ValueError(f"{place}: its description must be a text")
+    if "parameters" in function:
+        function["parameters"] = _schema(function["parameters"], f"{place}: parameters")
     return function
+
+
+def _schema(schema: Any, place: str) -> dict[str, Any]:
+    """A JSON schema without its nulls: tables have one for every key that another row has.
+
+    Raises:
+        ValueError: something that the renderer reads is not as it must be.
+    """
+    if not isinstance(schema, dict):
+        raise ValueError(f"{place} must be a JSON schema")
+    schema = {key: value for key, value in schema.items() if value is not None or key == "default"}
+    if not isinstance(schema.get("description", ""), str):
+        raise ValueError(f"{place}: description must be a text")
+    kind = schema.get("type", "")
+    for key, names in (
+        ("type", [kind] if isinstance(kind, str) else kind),
+        ("required", schema.get("required", [])),
+    ):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{place}: {key} must be a list of names")
+    for key in ("enum", "oneOf"):
+        if not isinstance(schema.get(key, []), list):
+            raise ValueError(f"{place}: {key} must be a list")
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        raise ValueError(f"{place}: properties must be an object")
+    if properties:
+        schema["properties"] = {
+            name: _schema(inner, f"{place}: {name}")
+            for name, inner in properties.items()
+            if inner is not None
+        }
+    if schema.get("oneOf"):
+        schema["oneOf"] = [_schema(inner, f"{place}: oneOf") for inner in schema["oneOf"]]
+    if schema.get("items"):
+        schema["items"] = _schema(schema["items"], f"{place}: items")
+    return schema
 
 
 def _result(content: Any, n: int) -> tuple[str, str]:
@@ -252,6 +292,8 @@ def _parsed(value: Any, key: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{key} is a text that is no JSON: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{key} is JSON that is nested too deeply") from None
 
 
 def _list(value: Any, key: str) -> list[Any]:

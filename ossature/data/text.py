@@ -80,6 +80,8 @@ def record_of(line: bytes) -> dict[str, Any]:
         raise ValueError(_not_utf8(error)) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError("it is no object")
     return record

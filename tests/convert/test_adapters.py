@@ -1,6 +1,7 @@
 """Adapters: peft's folders in and out, and merges into weights that others load."""
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from ossature.cli import main
 from ossature.config import LORA_TARGETS, LoraConfig
 from ossature.convert import adapters
+from ossature.convert.base import BASE, base_of
 from ossature.convert.folder import open_source
 from ossature.convert.merge import Effect, MergedSource, effects
 from ossature.convert.model import load_adapter, load_model
@@ -299,6 +301,15 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (lambda f: spoil_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
         (lambda f: spoil_config(f, init_lora_weights="pissa"), "init_lora_weights (pissa)"),
         (lambda f: spoil_config(f, r=8), "shape"),
+        (lambda f: spoil_config(f, r=4.0), "adapter_config.json: r (4.0) must be a number"),
+        (lambda f: spoil_config(f, r=None), "lacks r"),
+        (lambda f: spoil_config(f, r=0), "r (0) must be at least 1"),
+        (lambda f: spoil_config(f, lora_alpha="x"), "lora_alpha ('x') must be a number"),
+        (lambda f: spoil_config(f, lora_alpha=float("nan")), "lora.alpha (nan) must be more than"),
+        (lambda f: spoil_config(f, lora_dropout=[1]), "lora_dropout ([1]) must be a number"),
+        (lambda f: spoil_config(f, lora_dropout=2), "adapter_config.json: lora.dropout (2.0)"),
+        (lambda f: spoil_config(f, use_dora="no"), "use_dora ('no') must be true or false"),
+        (lambda f: spoil_tensors(f, lambda t: t[KEY].fill_(math.nan)), "q_proj.lora_a has numbers"),
         (lambda f: spoil_tensors(f, lambda t: t.pop(KEY)), "lacks blocks.1"),
         (lambda f: spoil_tensors(f, lambda t: t.update({"x.lora_A": t[KEY].clone()})), "x.lora_A"),
         (lambda f: spoil_tensors(f, lambda t: t.update({KEY: t[KEY].mT.contiguous()})), "shape"),
@@ -314,6 +325,40 @@ def test_a_damaged_adapter_is_refused_by_name(bf16, tmp_path, spoil, words, caps
     said = capsys.readouterr().err
     assert status == 2 and words in said and len(said.splitlines()) == 1, said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"config": None}, "state.json: not the state of a run"),
+        ({"lora.rank": "4"}, "state.json: lora.rank ('4') must be of int"),
+        ({"lora.alpha": -1.0}, "state.json: lora.alpha (-1.0) must be more than 0"),
+        ({"lora.targets": None}, "state.json: lora.targets (None) must be of tuple"),
+        ({"lora.shape": 3}, "state.json: lora.shape is no setting of adapters"),
+    ],
+)
+def test_a_damaged_state_of_a_run_is_refused_by_name(bf16, tmp_path, change, words, capsys):
+    adapter = ours_adapted(bf16, PEFT["experts"])
+    put_on(load_model(bf16), adapter, tmp_path)
+    path = tmp_path / "native" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({"config": change.get("config", {**state["config"], **change})}))
+    assert main(["merge", str(bf16), str(tmp_path / "native"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1, said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_says_when_the_base_is_another_one(bf16, tmp_path, capsys):
+    """Shapes cannot tell, and a merge into what was merged before adds the change twice."""
+    adapter = ours_adapted(bf16, LoraConfig(rank=2, targets=("q_proj",)))
+    put_on(load_model(bf16), adapter, tmp_path)
+    native, out = tmp_path / "native", tmp_path / "out"
+    (native / BASE).write_text(base_of(adapter.lora, bf16, seed=0).text())
+    assert main(["merge", str(bf16), str(native), str(out)]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert main(["merge", str(out), str(native), str(tmp_path / "twice")]) == 0
+    assert f"was trained on {bf16}, and the weights in {out} are others" in capsys.readouterr().out
 
 
 def test_one_adapter_of_the_experts_needs_to_be_named(bf16, tmp_path, capsys):

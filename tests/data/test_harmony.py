@@ -235,6 +235,10 @@ def test_alpacas_input_follows_its_instruction():
     assert chat.messages[0].text == "Add\n\n1 and 2"
 
 
+def tool(parameters: dict, **keys) -> dict:
+    return {"messages": [user("q"), A], "tools": [{"name": "f", "parameters": parameters, **keys}]}
+
+
 @pytest.mark.parametrize(
     "record, words",
     [
@@ -254,11 +258,30 @@ def test_alpacas_input_follows_its_instruction():
         ({"conversations": [{"from": "human", "text": "q"}]}, "'from' and 'value'"),
         ({"messages": []}, "must be a list of messages"),
         ({"messages": [user("\ud800"), A]}, "surrogate"),
+        ({"messages": [user("q"), A], "tools": "[" * 100_000}, "nested too deeply"),
+        (tool({"properties": {"x": "string"}}), "tool f: parameters: x must be a JSON schema"),
+        (tool({"properties": {"x": {"type": ["string", 1]}}}), "x: type must be a list of names"),
+        (tool({"properties": {"x": {"type": "array", "items": [{}]}}}), "x: items must be"),
+        (tool({"properties": {"x": {"oneOf": ["y"]}}}), "x: oneOf must be a JSON schema"),
+        (tool({"properties": {"x": {"type": "string", "enum": 5}}}), "x: enum must be a list"),
+        (tool({"properties": {"x": {"properties": [1]}}}), "x: properties must be an object"),
+        (tool({"properties": {"x": {}}, "required": 5}), "required must be a list of names"),
+        (tool({"properties": {"x": {"description": 5}}}), "x: description must be a text"),
+        (tool({}, description=5), "tool f: its description must be a text"),
     ],
 )
 def test_a_record_that_is_not_as_it_must_be_is_named(record, words):
     with pytest.raises(ValueError, match=words):
         read(record)
+
+
+def test_nulls_in_a_tool_are_keys_that_it_lacks():
+    """A table has every key of every row in each of them."""
+    spec = {"type": "string", "description": None, "enum": None, "items": None}
+    nulls = tool({"properties": {"x": spec, "y": None}, "required": None}, description=None)
+    plain = tool({"properties": {"x": {"type": "string"}}})
+    assert read(nulls) == read(plain)
+    assert "None" not in harmony.text(harmony.render(read(nulls), Rendering("2025-06-28")))
 
 
 def test_keys_may_be_ignored_by_name():

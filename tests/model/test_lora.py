@@ -250,6 +250,12 @@ def test_settings_that_fit_nothing_are_refused():
         LoraConfig(rank=4, targets=())
     with pytest.raises(ValueError, match=r"lora.dropout \(1.0\)"):
         LoraConfig(rank=4, dropout=1.0)
+    with pytest.raises(ValueError, match=r"lora.alpha \(0.0\) must be more than 0"):
+        LoraConfig(rank=4, alpha=0.0)
+    with pytest.raises(
+        ValueError, match=r"lora.quantize_base does nothing when lora.base is plain"
+    ):
+        LoraConfig(rank=4, quantize_base=True)
     with torch.device("meta"):
         model = Transformer(replace(TINY, intermediate_size=48))
     with pytest.raises(ValueError, match=r"intermediate_size \(48\) to be a multiple of 32"):

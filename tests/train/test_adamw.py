@@ -322,6 +322,7 @@ def test_bf16_weights_are_saved_as_such(tmp_path):
         ({**IN_BACKWARD, "precision": "bf16"}, "optim.weights"),
         ({"optim__weights": "bf16"}, "precision"),
         ({"optim__name": "muon", "optim__states": "8bit"}, "muon"),
+        ({"optim__name": "muon", "lora__rank": 4}, "must be adamw with lora.rank"),
     ],
 )
 def test_settings_that_cannot_be_had_together_are_refused(tmp_path, changes, words):
