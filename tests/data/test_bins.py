@@ -17,8 +17,8 @@ def test_a_document_goes_into_the_fullest_row_with_room():
 
 
 def test_a_row_with_less_room_is_filled_first():
-    """8 and 5 open two rows; 2 goes to the first, which it fills, not to the emptier second."""
-    assert rows([8, 5, 2, 5], 10) == [[0, 2], [1, 3]]
+    """6 and 7 open two rows; 3 fits both, and goes to the one it fills."""
+    assert rows([6, 3, 7], 10) == [[1, 2], [0]]
 
 
 @pytest.mark.parametrize("size", [1, 2, 64, 4096])
