@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -72,8 +72,12 @@ class Options:
         split_documents(0, self.split)
         if not self.inputs:
             raise ValueError("give at least one input: a file, a folder or a data set")
-        if not re.fullmatch(r"\d{4}-\d\d-\d\d", self.date):
-            raise ValueError(f"--date ({self.date}) must be YYYY-MM-DD")
+        try:
+            known = date.fromisoformat(self.date).isoformat() == self.date
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(f"--date ({self.date}) must be a day, as YYYY-MM-DD")
         for key, least in (("seq_len", 2), ("skip_bad", 0), ("workers", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"--{key} ({getattr(self, key)}) must be at least {least}")

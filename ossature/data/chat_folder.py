@@ -79,6 +79,9 @@ def build_folder(options: Options) -> dict[str, Any]:
         leave_out = shutil.ignore_patterns(RANKS_FILE)
         shutil.copytree(partial / "tokenizer", folder, ignore=leave_out)
         counts = reduce(Counts.add, (record.counts for record in results), Counts())
+        if not counts.documents:
+            why = f", of which all {counts.conversations:,} were left out" if counts.lost else ""
+            raise ValueError(f"{', '.join(options.inputs)}: no conversations to learn from{why}")
         splits = _write_splits(folder, jobs, [split for split, _ in parts], shares, options)
         manifest = {
             "ossature": version("ossature"),

@@ -422,6 +422,7 @@ def test_files_that_are_damaged_or_missing_are_named(inputs, tokenizer, tmp_path
         (("missing.jsonl",), "missing.jsonl: no such file"),
         (("python-stdlib",), "no conversations in it"),
         (("in.jsonl", "--date", "today"), "YYYY-MM-DD"),
+        (("in.jsonl", "--date", "2025-02-30"), "YYYY-MM-DD"),
         (("in.jsonl", "--seq-len", "1"), "at least 2"),
         (("in.jsonl", "--loss", "some"), "must be one of"),
         (("in.jsonl", "--split", "x"), "one to three numbers"),
@@ -436,6 +437,17 @@ def test_options_without_sense_are_refused(given, message, tokenizer, tmp_path, 
     with pytest.raises(ValueError, match=message):
         data_chat(*given, *options, "--output", tmp_path / "out", "--tokenizer", tokenizer)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_nothing_to_learn_from_is_an_error(tokenizer, tmp_path):
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    write_records(tmp_path / "long.jsonl", conversations(2))
+    output = ("--output", tmp_path / "out", "--tokenizer", tokenizer)
+    with pytest.raises(ValueError, match=r"blank.jsonl: no conversations to learn from$"):
+        data_chat(tmp_path / "blank.jsonl", "--seq-len", "64", *output)
+    with pytest.raises(ValueError, match="to learn from, of which all 2 were left out"):
+        data_chat(tmp_path / "long.jsonl", "--seq-len", "8", "--too-long", "drop", *output)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_help_imports_nothing_heavy():
