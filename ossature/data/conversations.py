@@ -186,7 +186,7 @@ def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
             yield Message(
                 "assistant", _plain(arguments, n), "commentary", name, content_type=_plain(kind, n)
             )
-    elif content or not thinking:
+    elif "content" in entry or not thinking:
         if "content" not in entry:
             raise ValueError(f"message {n}: the assistant says nothing: no content")
         yield Message("assistant", content, channel or "final")

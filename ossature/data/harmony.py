@@ -6,8 +6,9 @@ The end is <|end|>; <|call|> after a call of a tool; <|return|> where the model 
 
 Two renderings are published and differ in small things.  `template` is the chat template in the
 model's repository, `openai` the library openai-harmony; both are followed to the letter, and
-tests/data/test_harmony.py holds them to what these gave.  The template is the default: it drops
-the analysis of earlier turns, as the history is shown to the model when it is used.
+tests/data/test_harmony.py and test_functions.py hold them to what these gave.  The template is the
+default: it drops the analysis of earlier turns, as the history is shown to the model when it is
+used.
 
 Source: openai/gpt-oss-20b `chat_template.jinja`; openai/harmony 0.0.8.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from ossature.data.functions import Style, functions
 from ossature.data.tokenizer import Tokenizer
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
@@ -27,7 +29,6 @@ END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
 SPECIAL = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
 CHANNELS = ("analysis", "commentary", "final")
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
-Style = Literal["template", "openai"]
 Loss = Literal["assistant", "final", "last_turn", "all"]
 
 
@@ -237,87 +238,9 @@ def _system(conversation: Conversation, rendering: Rendering) -> str:
 def _developer(instructions: str, tools: Sequence[dict[str, Any]], style: Style) -> str:
     parts = [f"# Instructions\n\n{instructions}"] if instructions else []
     if tools:
-        parts.append("# Tools\n\n" + _namespace(tools, style))
+        parts.append("# Tools\n\n" + functions(tools, style))
     ends = "\n\n" if style == "template" and not tools else ""  # the template leaves them there
     return "\n\n".join(parts) + ends
-
-
-def _namespace(tools: Sequence[dict[str, Any]], style: Style) -> str:
-    lines = ["## functions", "", "namespace functions {", ""]
-    for tool in tools:
-        lines.append(f"// {tool.get('description', '')}")
-        parameters = tool.get("parameters") or {}
-        properties = parameters.get("properties") or {}
-        if not properties:
-            lines += [f"type {tool['name']} = () => any;", ""]
-            continue
-        lines.append(f"type {tool['name']} = (_: {{")
-        for name, spec in properties.items():
-            if spec.get("description"):
-                lines.append(f"// {spec['description']}")
-            optional = "" if name in (parameters.get("required") or []) else "?"
-            lines.append(f"{name}{optional}: {_type(spec)}{_default(spec, style)}")
-        lines += ["}) => any;", ""]
-    return "\n".join([*lines, "} // namespace functions"])
-
-
-def _default(spec: dict[str, Any], style: Style) -> str:
-    if "default" not in spec:
-        return ","
-    value = spec["default"]
-    if spec.get("enum"):
-        # The template puts its comma after the comment.
-        return f", // default: {value}" + ("," if style == "template" else "")
-    written = json.dumps(value, ensure_ascii=False)
-    return f", // default: {written}" + ("," if style == "template" else "")
-
-
-_NAMES = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}
-
-
-def _type(spec: dict[str, Any]) -> str:
-    """A JSON schema as a type of TypeScript, as the template writes it."""
-    kind = spec.get("type")
-    null = " | null" if spec.get("nullable") else ""
-    if kind == "array":
-        items = spec.get("items")
-        if not items:
-            return "any[]" + null
-        inner = _NAMES.get(items.get("type"), "") or _type(items)
-        too_long = inner == "object | object" or len(inner) > 50
-        return ("any[]" if too_long else f"{inner}[]") + null
-    if isinstance(kind, list):
-        return " | ".join(kind)
-    if spec.get("oneOf"):
-        return _one_of(spec["oneOf"])
-    if kind == "string":
-        if spec.get("enum"):
-            return " | ".join(f'"{value}"' for value in spec["enum"])
-        return "string" + null
-    if kind in _NAMES:
-        return _NAMES[kind]
-    if kind == "object":
-        if not spec.get("properties"):
-            return "object"
-        required = spec.get("required") or []
-        parts = [
-            f"{name}{'' if name in required else '?'}: {_type(inner)}"
-            for name, inner in spec["properties"].items()
-        ]
-        return "{\n" + ", ".join(parts) + "}"
-    return "any"
-
-
-def _one_of(variants: list[dict[str, Any]]) -> str:
-    if len(variants) > 1 and any(variant.get("type") == "object" for variant in variants):
-        return "any"
-    written = []
-    for variant in variants:
-        note = f"// {variant['description']}" if variant.get("description") else ""
-        if "default" in variant:
-            note += f"// default: {json.dumps(variant['default'], ensure_ascii=False)}"
-        written.append(_type(variant) + note)
-    return " | ".join(written)
 
 
 @dataclass
