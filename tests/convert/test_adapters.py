@@ -20,7 +20,7 @@ from ossature.convert.merge import Effect, MergedSource, effects
 from ossature.convert.model import load_adapter, load_model
 from ossature.convert.names import UnknownTensor
 from ossature.model.lora import merged_weights
-from tests.convert.folders import convert, loaded_by_transformers, weights
+from tests.convert.folders import convert, loaded_by_transformers, theirs, weights
 from tests.golden import golden
 from tests.tiny import random_tokens
 
@@ -207,6 +207,20 @@ def saved_adapter(bf16: Path, tmp_path: Path, lora: LoraConfig, strength: float 
     folder = tmp_path / "adapter"
     adapters.write_peft(stronger, open_source(bf16).config, folder)
     return folder
+
+
+def test_lengths_of_a_wide_embedding_are_over_all_its_rows(tmp_path):
+    """They are added up some thousand rows at a time, and a piece may begin anywhere."""
+    theirs(tmp_path / "wide", vocab_size=9000)
+    source = open_source(tmp_path / "wide")
+    adapter = ours_adapted(tmp_path / "wide", LoraConfig(rank=2, dora=True, targets=("embedding",)))
+    found = adapter.of("embedding.weight")
+    assert found is not None
+    a, b, magnitude = found
+    whole = source.read("embedding.weight").double().mT + adapter.lora.scale * (b @ a).double()
+    whole = whole * (magnitude.double() / whole.norm(dim=-1))[:, None]
+    part = MergedSource(source, adapter).read("embedding.weight", 8500, 8900)
+    torch.testing.assert_close(part.double(), whole.mT[8500:8900], rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

@@ -13,7 +13,15 @@ from ossature.config import LORA_TARGETS, LoraConfig
 from ossature.kernels import frozen_experts as kernels
 from ossature.kernels.mxfp4 import dequantize, quantize
 from ossature.model import frozen_experts, lora
-from ossature.model.lora import adapt, init_adapters, is_adapter, merged, merged_weights, table
+from ossature.model.lora import (
+    Adapted,
+    adapt,
+    init_adapters,
+    is_adapter,
+    merged,
+    merged_weights,
+    table,
+)
 from ossature.model.moe import RouterLog
 from ossature.model.transformer import Transformer
 from tests.small_runs import TINY, ragged_batch
@@ -239,6 +247,19 @@ def test_the_table_counts_what_is_trained_and_what_is_frozen():
     frozen = sum(p.numel() for p in Transformer(TINY).parameters())
     assert lines[3][:2] == ["frozen:", f"{frozen:,}"]
     assert lines[0][-1] == f"{(q + down) / (q + down + frozen):.3%}"
+
+
+def test_norms_over_a_wide_vocabulary_are_of_all_its_columns():
+    """They are added up some thousand columns at a time."""
+    model = Transformer(replace(TINY, vocab_size=9000))
+    model.init_weights(seed=1)
+    adapt(model, LoraConfig(rank=2, dora=True, targets=("embedding",)))
+    init_adapters(model, seed=3)
+    leaf = model.get_submodule("embedding")
+    assert isinstance(leaf, Adapted)
+    torch.nn.init.normal_(leaf.lora_b)
+    whole = leaf.matrix() + leaf.lora.scale * leaf.lora_b @ leaf.lora_a
+    torch.testing.assert_close(leaf.squares(), whole.square().sum(-1))
 
 
 def test_settings_that_fit_nothing_are_refused():
