@@ -81,6 +81,8 @@ def run(argv: list[str]) -> int:
         if verb in VERBS:
             # Let everything that cleans up after itself do so when the process is told to end.
             signal.signal(signal.SIGTERM, terminate)
+            if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+                signal.signal(signal.SIGHUP, terminate)
             module, function = VERBS[verb].split(":")
             return getattr(importlib.import_module(module), function)(argv[words:])
     raise ValueError(unknown(argv))

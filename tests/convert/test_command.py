@@ -310,7 +310,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)],
 )
 def test_an_interrupt_leaves_nothing_under_the_final_name(number, status, bf16, tmp_path: Path):
     """A process that is killed outright cannot clean up; it leaves another name."""
