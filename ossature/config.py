@@ -249,6 +249,11 @@ class TrainConfig:
     """Tokens one rank holds in one forward pass."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """Of the computation; master weights, optimizer and reductions are fp32 throughout."""
+    float8: Literal["", "tensorwise", "rowwise", "mxfp8"] = ""
+    """Multiply in 8 bits in attention's projections and in experts (needs ossature[float8]): one
+    scale a tensor, one a row, or one for each 32 numbers; empty multiplies in `precision`."""
+    float8_emulate: bool = False
+    """Round the same way but multiply in fp32: slow, on any device."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing.  selective keeps matrix products, experts and attention."""
     offload_activations: bool = False
@@ -307,6 +312,7 @@ class TrainConfig:
             raise ValueError(
                 "lora.base = mxfp4 needs lora.rank: weights that are trained cannot be packed"
             )
+        self._check_float8()
         if self.offload_activations and self.recompute == "selective":
             raise ValueError(
                 "offload_activations (True) goes with recompute none or full, not selective: what "
@@ -331,6 +337,19 @@ class TrainConfig:
             raise ValueError(
                 f"router.bias_update_rate ({self.router.bias_update_rate}) must be 0 when init is "
                 "given: no published format has a place for the bias of a fine-tuned router"
+            )
+
+    def _check_float8(self) -> None:
+        if not self.float8:
+            if self.float8_emulate:
+                raise ValueError("float8_emulate (True) needs float8")
+            return
+        if self.precision != "bf16" and not (self.float8_emulate and self.precision == "fp32"):
+            raise ValueError(f"float8 ({self.float8}) needs precision bf16, not {self.precision}")
+        if self.lora.rank:
+            raise ValueError(
+                f"float8 ({self.float8}) must be empty with lora.rank ({self.lora.rank}): products "
+                "of frozen weights are others"
             )
 
     def _check_optimizer(self) -> None:

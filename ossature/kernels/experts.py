@@ -175,7 +175,7 @@ def _grouped(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One grouped product for all experts, without a look at the counts."""
     ends = counts.cumsum(0, dtype=torch.int32)
-    expert = _expert_of_rows(counts, len(rows))
+    expert = expert_of_rows(counts, len(rows))
     gate_up = F.grouped_mm(rows, gate_up_weight.mT, offs=ends) + gate_up_bias[expert]
     gate, up = gate_up[:, 0::2].contiguous(), gate_up[:, 1::2].contiguous()
     inner = _activate(gate, up, alpha, limit).mul_(weights[:, None] / alpha)
@@ -189,7 +189,7 @@ def _grouped_backward(
     alpha: float, limit: float, frozen: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ends = counts.cumsum(0, dtype=torch.int32)
-    expert = _expert_of_rows(counts, len(rows))
+    expert = expert_of_rows(counts, len(rows))
     inner = _activate(gate, up, alpha, limit)
     dinner = F.grouped_mm(dout, down_weight, offs=ends)
     dweights = (dinner * inner).sum(-1) / alpha + (dout * down_bias[expert]).sum(-1)
@@ -317,5 +317,6 @@ def _used_experts(counts: Tensor) -> list[tuple[int, int, int]]:
     return used
 
 
-def _expert_of_rows(counts: Tensor, rows: int) -> Tensor:
+def expert_of_rows(counts: Tensor, rows: int) -> Tensor:
+    """(rows,) the expert of each sorted row."""
     return torch.repeat_interleave(counts, output_size=rows)

@@ -20,10 +20,10 @@ from ossature.kernels.experts import (
     _activate,
     _activate_backward,
     _cut,
-    _expert_of_rows,
     _has_grouped_product,
     _padded,
     _used_experts,
+    expert_of_rows,
 )
 from ossature.kernels.mxfp4 import dequantize
 
@@ -289,7 +289,7 @@ def _grouped(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One grouped product for all experts, without a look at the counts."""
     ends = counts.cumsum(0, dtype=torch.int32)
-    expert = _expert_of_rows(counts, len(rows))
+    expert = expert_of_rows(counts, len(rows))
     out = F.grouped_mm(rows, unpack(weight, scales, rows.dtype).mT, offs=ends)
     small = rows.new_empty(len(rows), 0)
     if a is not None and b is not None:
@@ -310,7 +310,7 @@ def _grouped_backward(
     gain: Tensor | None, small: Tensor, plain: Tensor, scale: float, need_rows: bool, apart: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ends = counts.cumsum(0, dtype=torch.int32)
-    expert = _expert_of_rows(counts, len(dout))
+    expert = expert_of_rows(counts, len(dout))
     drows, dweights, dlow, da, db, dgain = (dout.new_empty(0) for _ in range(6))
     if row_weights is not None:
         dweights = (dout * bias[expert]).sum(-1)

@@ -93,6 +93,8 @@ class Experts(nn.Module):
         inner = config.intermediate_size
         self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
         self.form: Form = form
+        self.compute = grouped_experts
+        """What the fast form calls; other products can be put in its place."""
         self.gate_up_weight = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.gate_up_bias = nn.Parameter(torch.empty(experts, 2 * inner))
         self.down_weight = nn.Parameter(torch.empty(experts, hidden, inner))
@@ -110,7 +112,7 @@ class Experts(nn.Module):
             return eager_experts(x, chosen, weights, *matrices, self.alpha, self.limit)
         order, counts = sort_by_expert(chosen, self.gate_up_weight.shape[0])
         rows = dispatch(x, order, chosen.shape[1])
-        rows = grouped_experts(
+        rows = self.compute(
             rows, weights.flatten()[order], counts, *matrices, self.alpha, self.limit
         )
         return combine(rows, order, chosen.shape[1])

@@ -8,6 +8,7 @@ from ossature.config import TrainConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel.context import split_sequences
 from ossature.parallel.expert import split_experts
+from ossature.parallel.float8 import use_float8
 from ossature.parallel.fsdp import COMPUTE_DTYPE, shard
 from ossature.parallel.mesh import dense_view, expert_view
 from ossature.parallel.packed import store_as_numbers, use_as_bytes
@@ -21,13 +22,15 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
 
     Returns what runs the stages of a pipeline, if there is one.
 
-    The order has a reason: pp takes out what other ranks have; axes that split single layers (tp,
-    ep, etp) name plain modules, so they go before what wraps modules; recomputation wraps what
-    they left; compile wants a block in its final form; FSDP shards whatever the others left, and
-    its hooks stay outside of all that.
+    The order has a reason: layers that multiply in 8 bits are layers of their own; pp takes out
+    what other ranks have; axes that split single layers (tp, ep, etp) name plain modules, so they
+    go before what wraps modules; recomputation wraps what they left; compile wants a block in its
+    final form; FSDP shards whatever the others left, and its hooks stay outside of all that.
     """
     axes = config.parallel
     pipeline = experts = None
+    if config.float8:
+        use_float8(model, config)
     if axes.pp > 1:
         pipeline = Pipeline(model, mesh, config)
     elif axes.cp > 1:

@@ -25,6 +25,7 @@ from ossature.parallel.gradients import local
 
 KEPT = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::topk",
+    "aten::_scaled_mm", "aten::_scaled_grouped_mm", "aten::_scaled_grouped_mm_v2",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",

@@ -33,6 +33,7 @@ from ossature.model.config import SIZES, ModelConfig
 from ossature.model.lora import adapt
 from ossature.model.transformer import Transformer
 from ossature.parallel import mesh as meshes
+from ossature.parallel.float8 import check_float8
 from ossature.parallel.fsdp import COMPUTE_DTYPE
 from ossature.parallel.launch import Ranks
 from ossature.parallel.pipeline import Pipeline
@@ -93,6 +94,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         ValueError: layout, batch, corpus, checkpoint and config do not fit together.
     """
     sizes, shape = check_layout(config, ranks.world)
+    check_float8(config, shape, ranks.device)
     before = newest(config.run)
     if before is not None:
         if not config.resume:

@@ -276,6 +276,8 @@ ELSEWHERE = {
     "optim.in_backward": "tests/train/test_adamw.py",
     "lora.quantize_base": "tests/train/test_lora.py",
     "recompute": "tests/parallel/test_recompute.py",
+    "float8": "tests/parallel/test_float8.py",
+    "float8_emulate": "tests/parallel/test_float8.py",
     "offload_activations": "tests/parallel/test_recompute.py",
     "compile": "tests/train/test_compile.py",
     "max_skipped_steps": "tests/train/test_loop.py",
