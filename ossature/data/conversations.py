@@ -55,11 +55,14 @@ def shape_of(record: dict[str, Any]) -> Shape:
     )
 
 
-def conversation(record: dict[str, Any], shape: Shape, ignore: frozenset[str]) -> Conversation:
+def conversation(
+    record: dict[str, Any], shape: Shape, ignore: frozenset[str], answered: bool = True
+) -> Conversation:
     """One record as a conversation.
 
     Args:
         ignore: keys of records that say nothing about the conversation, such as an id.
+        answered: the assistant must have said something; False for one that is to be answered.
 
     Raises:
         ValueError: a key, role or value that is not as it must be; in one sentence.
@@ -95,7 +98,7 @@ def conversation(record: dict[str, Any], shape: Shape, ignore: frozenset[str]) -
         raise ValueError(
             f"reasoning_effort {settings['reasoning_effort']!r} must be {', '.join(EFFORTS)}"
         )
-    _check(messages)
+    _check(messages, answered)
     return Conversation(
         tuple(messages),
         tuple(_tool(tool) for tool in tools),
@@ -104,8 +107,8 @@ def conversation(record: dict[str, Any], shape: Shape, ignore: frozenset[str]) -
     )
 
 
-def _check(messages: list[Message]) -> None:
-    if not any(message.role == "assistant" for message in messages):
+def _check(messages: list[Message], answered: bool) -> None:
+    if answered and not any(message.role == "assistant" for message in messages):
         raise ValueError("no message of the assistant: there is nothing to learn")
     for n, message in enumerate(messages):
         if message.role == "developer" and n:
@@ -114,14 +117,16 @@ def _check(messages: list[Message]) -> None:
             raise ValueError(f"message {n + 1}: a tool's result before any call of a tool")
 
 
+REASONING = ("thinking", "reasoning", "reasoning_content")
+"""Names that an assistant's analysis goes by."""
 KEYS = {
-    "role", "content", "thinking", "reasoning_content", "tool_calls", "channel", "recipient",
-    "name", "tool_call_id",
+    "role", "content", "thinking", "reasoning", "reasoning_content", "tool_calls", "channel",
+    "recipient", "name", "tool_call_id",
 }  # fmt: skip
 
 
 def _messages(given: list[Any]) -> Iterator[Message]:
-    called = ""
+    called, ids = "", {}
     for n, entry in enumerate(given, 1):
         if not isinstance(entry, dict):
             raise ValueError(f"message {n} must be an object, not {type(entry).__name__}")
@@ -135,13 +140,20 @@ def _messages(given: list[Any]) -> Iterator[Message]:
         elif role == "user":
             yield Message("user", _text(entry, n))
         elif role == "tool":
-            name = _plain(entry.get("name") or called.removeprefix("functions."), n)
+            call = entry.get("tool_call_id")
+            if ids and call is not None and call not in ids:
+                raise ValueError(f"message {n}: tool_call_id {call!r} is of no call before it")
+            name = _plain(entry.get("name") or ids.get(call) or called, n)
+            name = name.removeprefix("functions.")
             text, kind = _result(entry.get("content"), n)
             yield Message("tool", text, author=_function(name), content_type=kind)
         elif role == "assistant":
             for message in _assistant(entry, n):
                 called = message.recipient or called
                 yield message
+            if not entry.get("recipient"):  # its calls were read, and are well formed
+                calls = [c for c in entry.get("tool_calls") or [] if isinstance(c.get("id"), str)]
+                ids |= {call["id"]: call.get("function", call)["name"] for call in calls}
         else:
             raise ValueError(
                 f"message {n}: role {role!r} must be system, developer, user, assistant or tool"
@@ -152,7 +164,7 @@ def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
     channel = entry.get("channel", "")
     if channel and channel not in CHANNELS:
         raise ValueError(f"message {n}: channel {channel!r} must be {', '.join(CHANNELS)}")
-    thinking = [entry[key] for key in ("thinking", "reasoning_content") if entry.get(key)]
+    thinking = [entry[key] for key in REASONING if entry.get(key)]
     calls = entry.get("tool_calls") or []
     if not isinstance(calls, list):
         raise ValueError(f"message {n}: tool_calls must be a list")
@@ -160,7 +172,7 @@ def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
     if content:
         content = _text(entry, n)
     if len(thinking) > 1:
-        raise ValueError(f"message {n}: has both thinking and reasoning_content")
+        raise ValueError(f"message {n}: has thinking under more than one of {', '.join(REASONING)}")
     if entry.get("recipient"):
         recipient = _function(_plain(entry["recipient"], n))
         yield Message("assistant", content, channel or "commentary", recipient)
