@@ -5,8 +5,7 @@ them by.  What FSDP gathers and reduces, what blocks keep and what passes by is 
 order of a step, as the code does it: forward and backward of each micro-batch in the order of the
 pipeline's schedule, reductions, the optimizer.  The peak is the most that is ever held.
 
-Followed from the source of torch 2.13: distributed/fsdp/_fully_shard (buffers of collectives, and
-when they go), distributed/pipelining (what stages hold).
+What stages hold is followed from torch/distributed/pipelining of torch 2.13.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from ossature.config import TrainConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel import activations as parts
 from ossature.parallel import ends
+from ossature.parallel.gathering import BUFFERS, Sharding
 from ossature.parallel.orders import Action, actions
 from ossature.parallel.pipeline import splits_backward
 from ossature.parallel.shards import Group, Stage, StateBytes, Weight, divided
@@ -32,8 +32,7 @@ from ossature.parallel.sizes import (
 )
 from ossature.parallel.stages import stage_layers, stages_of, stages_per_rank
 
-WEIGHTS, SHARDS, STATES = "weights", "gradients", "optimizer states"
-GATHERED, BUFFERS, INPUTS = "weights, gathered", "buffers of collectives", "batches"
+WEIGHTS, STATES, INPUTS = "weights", "optimizer states", "batches"
 PIPELINE, WAITING = "buffers of the pipeline", "gradients, put off"
 
 
@@ -66,13 +65,26 @@ class Walk:
             n: Stage(weights, layers[n], n == 0, n == count - 1, config, fsdp)
             for n in (stages_of(rank, axes) if axes.pp > 1 else [0])
         }
+        self.fsdp = Sharding(self.m, axes, self.on_host)
         self.rank = rank
         data_ranks = axis_sizes["dp_replicate"] * axis_sizes["dp_shard"]
         self.micro_batches = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
 
     @property
+    def on_host(self) -> bool:
+        """Weights, gradients and the optimizer are in other memory than what is computed with."""
+        return self.config.parallel.cpu_offload and self.s.cuda
+
+    @property
+    def offloads(self) -> bool:
+        """So is what blocks keep."""
+        return self.config.offload_activations and self.s.cuda
+
+    @property
     def standing(self) -> Bytes:
         """Bytes of weights, gradients and the optimizer: what there is at the end of a step."""
+        if self.on_host:
+            return 0.0
         groups = [group for stage in self.stages.values() for group in stage.groups]
         return sum(group.weights + group.shards + group.states for group in groups)
 
@@ -81,8 +93,9 @@ class Walk:
         m, s, axes = self.m, self.s, self.config.parallel
         for stage in self.stages.values():
             for group in stage.groups:
-                m.take(WEIGHTS, group.weights)
-                m.take(STATES, group.states)
+                if not self.on_host:
+                    m.take(WEIGHTS, group.weights)
+                    m.take(STATES, group.states)
             if axes.pp > 1:
                 sides = (not stage.first) + (not stage.last)
                 m.take(PIPELINE, sides * self.micro_batches * s.x)
@@ -97,6 +110,9 @@ class Walk:
             for n in range(few):
                 self.forward(self.stages[0])
                 self.backward(self.stages[0], reduces=n == few - 1)
+        for stage in self.stages.values():
+            for group in stage.groups:
+                self.fsdp.drop(group)
         self.step_optimizer()
         layers = tuple(n for stage in self.stages.values() for n in stage.layers)
         return Use(m.peak, m.at_peak, layers)
@@ -108,7 +124,7 @@ class Walk:
         elif action.kind == "B":
             self.backward(stage, reduces=False)
         elif action.kind == "R":
-            self.reduce_all(stage)
+            self.fsdp.reduce_all(stage)
         elif splits_backward(self.config):
             self.half_backward(stage, action.kind)
         elif action.kind == "I":
@@ -117,7 +133,8 @@ class Walk:
     def step_optimizer(self) -> None:
         """`LeanAdamW` computes in fp32, a block of a weight at a time; torch's AdamW in place."""
         optim = self.config.optim
-        if (optim.states, optim.weights, optim.name) == ("fp32", "fp32", "adamw"):
+        plain = (optim.states, optim.weights, optim.name) == ("fp32", "fp32", "adamw")
+        if plain or self.on_host:
             return
         groups = [group for stage in self.stages.values() for group in stage.groups]
         largest = max(group.largest_shard for group in groups)
@@ -130,7 +147,9 @@ class Walk:
 
     def forward(self, stage: Stage) -> None:
         m, s = self.m, self.s
-        self.gather(stage, stage.root, forward=True)
+        self.fsdp.gather(stage, stage.root, forward=True)
+        ahead = self.config.parallel.prefetch_blocks
+        self.fsdp.ask_blocks(stage, range(min(ahead, len(stage.layers))))
         if stage.first:
             if self.config.parallel.tp > 1:
                 m.pass_by(BRIEF, 2 * s.whole_x)
@@ -140,14 +159,15 @@ class Walk:
             m.move(PIPELINE, KEPT, s.x)
         m.take(KEPT, self.tables())
         for n, layer in enumerate(stage.layers):
-            self.gather(stage, stage.blocks[n], forward=True)
+            self.fsdp.gather(stage, stage.blocks[n], forward=True)
             experts = stage.experts[n]
+            self.fsdp.ask_blocks(stage, range(n + 1, min(n + 1 + ahead, len(stage.layers))), n)
             self.block_forward(stage, layer, experts)
             if stage.blocks[n].again:
-                self.drop(stage.blocks[n])
+                self.fsdp.drop(stage.blocks[n])
         if stage.last:
             ends.head(m, s, stage.vocab, self.model.config.vocab_size)
-        if self.config.recompute == "none":
+        if self.config.recompute == "none" and not self.offloads:
             m.give(KEPT, len(stage.layers) * self.forgotten)
         m.give(BUFFERS, stage.held_output)
         stage.held_output = 0.0
@@ -162,12 +182,14 @@ class Walk:
         before = m.held.get(KEPT, 0.0)
         parts.attention(m, s, layer)
         if experts is not None:
-            self.gather(stage, experts, forward=True)
+            self.fsdp.gather(stage, experts, forward=True)
         parts.moe(m, s)
         if experts is not None and experts.again:
-            self.drop(experts)
+            self.fsdp.drop(experts)
         kept = m.held[KEPT] - before
-        if recompute == "full":
+        if self.offloads:
+            m.give(KEPT, kept)  # its input goes, what it returns is there
+        elif recompute == "full":
             m.give(KEPT, kept - s.x)
         elif recompute == "selective":
             m.give(KEPT, kept - s.x)
@@ -186,7 +208,7 @@ class Walk:
 
     def backward(self, stage: Stage, reduces: bool) -> None:
         m, s = self.m, self.s
-        self.ask(stage, len(stage.groups) - 1)
+        self.fsdp.ask(stage, len(stage.groups) - 1, len(stage.layers))
         if stage.last:
             ends.head_backward(m, s, stage.head_gradient)
             m.take(GRADIENTS, stage.norm_gradient)
@@ -200,7 +222,7 @@ class Walk:
             m.take(PIPELINE, s.x)
         m.give(BRIEF, s.x)
         m.give(KEPT, self.tables())
-        self.after(stage, stage.root, reduces)
+        self.fsdp.after(stage, stage.root, reduces)
         if self.config.parallel.pp == 1:
             m.give(BUFFERS, stage.reducing)
             stage.reducing = 0.0
@@ -209,12 +231,14 @@ class Walk:
         m, s, layer = self.m, self.s, stage.layers[n]
         group, experts = stage.blocks[n], stage.experts[n]
         number = stage.groups.index(group)
-        self.gather(stage, group)
-        self.ask(stage, number)
+        self.fsdp.gather(stage, group)
+        self.fsdp.ask(stage, number, n)
         recompute = self.config.recompute
         if experts is not None:
-            self.gather(stage, experts, forward=recompute != "none")
-            self.ask(stage, number - 1)
+            self.fsdp.gather(stage, experts, forward=recompute != "none")
+            self.fsdp.ask(stage, number - 1)
+        if self.offloads:
+            m.take(KEPT, s.x if recompute == "full" else self.freed_by_block(layer))
         if recompute != "none":
             both = parts.outputs_kept(s, layer)[1] if recompute == "selective" else 0.0
             alone = parts.outputs_kept(s, layer)[0] - both if recompute == "selective" else 0.0
@@ -224,9 +248,9 @@ class Walk:
         parts.moe_backward(m, s, g)
         m.give(KEPT, parts.statistics_kept(s))
         if experts is not None:
-            self.after(stage, experts, reduces)
+            self.fsdp.after(stage, experts, reduces)
         parts.attention_backward(m, s, layer, g)
-        self.after(stage, group, reduces)
+        self.fsdp.after(stage, group, reduces)
 
     def half_backward(self, stage: Stage, half: str) -> None:
         """Gradients of activations first; what they leave waits for those of the weights."""
@@ -262,11 +286,11 @@ class Walk:
             m.take(GRADIENTS, stage.blocks[n].gradients)
             m.pass_by(BRIEF, s.row)
             m.give(KEPT, self.freed_by_block(stage.layers[n]))
-            self.add_up(stage.blocks[n])
+            self.fsdp.add_up(stage.blocks[n])
             if (experts := stage.experts[n]) is not None:
                 m.take(GRADIENTS, experts.gradients)
-                self.add_up(experts)
-        self.add_up(stage.root)
+                self.fsdp.add_up(experts)
+        self.fsdp.add_up(stage.root)
         m.give(WAITING, len(stage.layers) * self.waiting)
         m.give(KEPT, self.tables())
         m.take(PIPELINE, s.x)
@@ -286,91 +310,6 @@ class Walk:
         parts.moe_backward(m, self.s, none)
         parts.attention_backward(m, self.s, layer, none)
         return parts.statistics_kept(self.s) - m.held[KEPT]
-
-    # What FSDP does
-
-    def gather(self, stage: Stage, group: Group, forward: bool = False) -> None:
-        m = self.m
-        if group.is_whole:
-            return
-        group.is_whole = True
-        if group.ranks == 1:
-            m.take(GATHERED, group.whole)
-            m.pass_by(BUFFERS, group.largest_cast)
-            return
-        if not group.coming:
-            self.fetch(group)
-        group.coming = False
-        if forward:
-            m.give(BUFFERS, stage.held_output)
-            stage.held_output = 0.0
-        m.take(GATHERED, group.whole)
-        m.pass_by(BUFFERS, group.inside)
-        if forward:
-            stage.held_output = group.whole
-        else:
-            m.give(BUFFERS, group.whole)
-
-    def fetch(self, group: Group) -> None:
-        self.m.pass_by(BUFFERS, group.sent)
-        self.m.take(BUFFERS, group.whole)
-
-    def ask(self, stage: Stage, number: int) -> None:
-        """Gather ahead what the backward pass needs after group `number`."""
-        if number == 0:
-            return
-        group = stage.groups[number - 1]
-        if not group.is_whole and not group.coming and group.ranks > 1:
-            self.fetch(group)
-            group.coming = True
-
-    def drop(self, group: Group) -> None:
-        if group.is_whole:
-            self.m.give(GATHERED, group.whole)
-            group.is_whole = False
-
-    def after(self, stage: Stage, group: Group, reduces: bool) -> None:
-        """A group's gradients are found."""
-        if self.config.parallel.pp > 1:
-            self.add_up(group)
-            return
-        self.drop(group)
-        if reduces:
-            self.reduce(stage, group)
-        else:
-            self.add_up(group)
-
-    def add_up(self, group: Group) -> None:
-        """Keep them for the micro-batches to come, in fp32."""
-        if not group.summed:
-            self.m.take(GRADIENTS, group.gradients_wide - group.gradients)
-        else:
-            self.m.give(GRADIENTS, group.gradients)
-        group.summed = True
-
-    def reduce(self, stage: Stage, group: Group) -> None:
-        m = self.m
-        m.give(BUFFERS, stage.reducing)
-        m.pass_by(BUFFERS, group.largest_inside)
-        stage.reducing = group.reduced * group.ranks
-        m.take(BUFFERS, stage.reducing)
-        held = group.gradients
-        if group.summed:
-            m.give(GRADIENTS, group.gradients_wide)
-        else:
-            m.give(GRADIENTS, held)
-        group.summed = False
-        m.take(SHARDS, group.reduced)
-        if group.shards != group.reduced:
-            m.take(SHARDS, group.shards)
-            m.give(SHARDS, group.reduced)
-
-    def reduce_all(self, stage: Stage) -> None:
-        for group in stage.groups[::-1]:
-            self.drop(group)
-            self.reduce(stage, group)
-        self.m.give(BUFFERS, stage.reducing)
-        stage.reducing = 0.0
 
 
 def walks(

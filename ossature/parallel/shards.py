@@ -95,10 +95,16 @@ def divided(model: Transformer, config: TrainConfig, state_bytes: StateBytes) ->
 class Group:
     """Weights that FSDP gathers and reduces together."""
 
-    def __init__(self, weights: list[Weight], ranks: int, even: bool, again: bool) -> None:
+    def __init__(
+        self, weights: list[Weight], ranks: int, axes: ParallelConfig, *, even: bool, root: bool
+    ) -> None:
         self.ranks = ranks
-        self.again = again
-        """Gathered for the backward pass again."""
+        auto = "always" if axes.pp == 1 else "never"
+        asked = axes.reshard_after_forward
+        self.dropped = ranks > 1 and (auto if asked == "auto" else asked) == "always"
+        """After the backward pass; else only at the end of the step."""
+        self.again = self.dropped and not root
+        """Dropped after the forward pass too, and gathered for the backward pass again."""
         # On one rank what is frozen is left alone.
         mine = [w for w in weights if w.trained or ranks > 1]
         trained = [w for w in mine if w.trained]
@@ -106,22 +112,27 @@ class Group:
         self.weights = sum(kept[w.name] * w.item for w in weights)
         self.states = sum(kept[w.name] * w.state_bytes for w in trained)
         self.shards = sum(kept[w.name] * w.item for w in trained)
-        self.reduced = sum(kept[w.name] * 4 for w in trained)
+        reduce_item = 4 if axes.reduce_dtype == "fp32" else 2
+        self.reduced = sum(kept[w.name] * reduce_item for w in trained)
         self.whole = sum(kept[w.name] * ranks * w.used_item for w in mine)
         self.sent = sum(kept[w.name] * w.used_item for w in mine if w.used_item != w.item)
         self.largest_cast = max(
             (w.size * w.used_item for w in mine if w.used_item != w.item), default=0
         )
         self.inside = sum(w.size * w.used_item for w in mine if w.inside(ranks, even))
-        self.largest_inside = max((w.size * 4 for w in trained if w.inside(ranks, even)), default=0)
+        self.largest_inside = max(
+            (w.size * reduce_item for w in trained if w.inside(ranks, even)), default=0
+        )
         self.gradients = sum(w.size * w.used_item for w in trained)
-        self.gradients_wide = sum(w.size * 4 for w in trained)
+        self.gradients_summed = sum(w.size * reduce_item for w in trained)
         self.largest_shard = max((kept[w.name] for w in trained), default=0)
         self.is_whole = False
         self.coming = False
         """Asked for ahead of time."""
         self.summed = False
-        """Gradients of earlier micro-batches are there, in fp32."""
+        """Gradients of earlier micro-batches are there, as they are reduced."""
+        self.has_shards = False
+        """And those that are reduced already."""
 
 
 class Stage:
@@ -136,7 +147,6 @@ class Stage:
         lent = fsdp * axes.tp
         apart = axes.tp * axes.ep * axes.etp > 1
         efsdp = lent // (axes.ep * axes.etp)
-        again = axes.pp == 1
 
         by_module: dict[str, list[Weight]] = {}
         for w in weights:
@@ -147,7 +157,7 @@ class Stage:
             return [w for module in modules for w in by_module.get(module, [])]
 
         tops = (["embedding"] if first else []) + (["norm", "lm_head"] if last else [])
-        self.root = Group(named(*tops), fsdp, False, False)
+        self.root = Group(named(*tops), fsdp, axes, even=False, root=True)
         self.blocks: list[Group] = []
         self.experts: list[Group | None] = []
         self.gradients: list[Gradients] = []
@@ -155,8 +165,10 @@ class Stage:
             mine = named(f"blocks.{n}")
             experts = [w for w in mine if ".experts." in w.name]
             rest = [w for w in mine if ".experts." not in w.name]
-            self.blocks.append(Group(rest if apart else mine, fsdp, False, again and fsdp > 1))
-            self.experts.append(Group(experts, efsdp, True, again and efsdp > 1) if apart else None)
+            block = Group(rest if apart else mine, fsdp, axes, even=False, root=False)
+            self.blocks.append(block)
+            inner = Group(experts, efsdp, axes, even=True, root=False) if apart else None
+            self.experts.append(inner)
             self.gradients.append(_gradients(mine))
         self.embedding_gradient = _trained_bytes(named("embedding")) if first else 0
         self.head_gradient = _trained_bytes(named("lm_head")) if last else 0

@@ -39,9 +39,10 @@ def traffic(
 
     for stage in stages:
         for group in stage.groups:
-            gathers = 1 if axes.pp > 1 else micro_batches * (2 if group.again else 1)
+            gathers = micro_batches * (1 + group.again) if group.dropped else 1
+            reductions = micro_batches if axes.reduce_every_micro_batch else 1
             add("fsdp", group.ranks, group.whole / group.ranks * gathers)
-            add("fsdp", group.ranks, group.reduced)
+            add("fsdp", group.ranks, group.reduced * reductions)
             copies = axis_sizes["dp_replicate"]
             add("dp_replicate", copies, 2 * group.reduced / copies)
         ends = stage.first + stage.last

@@ -10,7 +10,8 @@ from ossature.model.config import ModelConfig
 from ossature.model.flops import parameters
 from ossature.parallel import mesh as meshes
 from ossature.parallel.activations import attention, moe
-from ossature.parallel.memory import GATHERED, STATES, WEIGHTS, Use, walks
+from ossature.parallel.gathering import GATHERED
+from ossature.parallel.memory import STATES, WEIGHTS, Use, walks
 from ossature.parallel.orders import actions
 from ossature.parallel.shards import part
 from ossature.parallel.sizes import KEPT, Ledger, Sizes
