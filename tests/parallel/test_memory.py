@@ -157,6 +157,11 @@ LAYOUTS = [
     (2, run_of({"ep": 2}, recompute="full", precision="bf16")),
     (4, run_of({"dp_replicate": 2, "etp": 2}, optim__states="bf16")),
     (4, run_of({"pp": 2, "tp": 2}, precision="bf16", global_batch_tokens=4096)),
+    (2, run_of({"reshard_after_forward": "never"})),
+    (2, run_of({"reduce_dtype": "bf16"}, precision="bf16")),
+    (2, run_of({"reduce_every_micro_batch": True, "ep": 2})),
+    (2, run_of({"prefetch_blocks": 2})),
+    (4, run_of({"pp": 2, "reshard_after_forward": "always", "prefetch_blocks": 1})),
 ]
 
 
