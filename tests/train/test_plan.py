@@ -82,6 +82,37 @@ def test_less_memory_is_asked_where_blocks_are_computed_again():
     assert most("full") < most("selective") < most("none")
 
 
+def at_peak(axes: dict, **changes) -> dict[str, float]:
+    """By what bytes are for, on a CUDA device, of one of two ranks."""
+    run = small_run(Path("unused"), parallel=ParallelConfig(**axes), **changes)
+    return plans.plan(run, 2, "cuda").worst.at_peak
+
+
+def test_what_is_moved_to_the_host_is_not_on_the_device():
+    plain, moved = at_peak({}), at_peak({"cpu_offload": True})
+
+    assert plain["weights"] and plain["optimizer states"]
+    assert not moved.get("weights") and not moved.get("optimizer states")
+    assert at_peak({}, offload_activations=True)["activations"] < plain["activations"] / 2
+
+
+def test_options_of_fsdp_change_what_a_plan_counts():
+    def received(**axes) -> float:
+        run = small_run(Path("unused"), parallel=ParallelConfig(**axes), global_batch_tokens=256)
+        return plans.plan(run, 2, "cuda").traffic["fsdp"]
+
+    always, never = received(), received(reshard_after_forward="never")
+    micro = {"global_batch_tokens": 256}
+
+    assert always > 2 * never  # two micro-batches, blocks gathered twice each
+    assert received(reduce_every_micro_batch=True) > always > received(reduce_dtype="bf16")
+    held = [
+        at_peak(axes, **micro)["gradients, whole"]
+        for axes in ({}, {"reduce_dtype": "bf16"}, {"reduce_every_micro_batch": True})
+    ]
+    assert held == sorted(held, reverse=True) and len(set(held)) == 3
+
+
 LAYOUTS = [
     {},
     {"tp": 2, "ep": 4, "dp_replicate": 2},
