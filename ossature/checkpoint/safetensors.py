@@ -285,7 +285,7 @@ class Writer:
             self.places |= places
             handle = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._handles[folder / file] = handle
-            _write(handle, memoryview(header), 0)
+            write_at(handle, memoryview(header), 0)
             self._left[folder / file] = sum(specs[name].num_bytes for name in names)
         if len(shards) > 1:
             total = sum(self._left.values())
@@ -304,7 +304,7 @@ class Writer:
         assert tensor.dtype == dtype and tensor.shape[1:] == shape[1:], name
         assert start + rows <= (shape[0] if shape else 1), name
         data = bytes_of(tensor)
-        _write(self._handles[file], data, offset + start * (len(data) // max(rows, 1)))
+        write_at(self._handles[file], data, offset + start * (len(data) // max(rows, 1)))
         self._missing[name] -= len(data)
         self._left[file] -= len(data)
         self._unsynced += len(data)
@@ -312,7 +312,7 @@ class Writer:
             self._syncing.append(self._sync.submit(os.fsync, self._handles[file]))
         elif self._unsynced >= SYNC_BYTES:
             self._unsynced = 0
-            self._syncing.append(self._sync.submit(_settle, self._handles[file]))
+            self._syncing.append(self._sync.submit(settle, self._handles[file]))
         while len(self._syncing) > 2:  # a disk that is slower than we are sets the pace
             self._syncing.popleft().result()
 
@@ -366,7 +366,7 @@ def _header(
     return len(text).to_bytes(8, "little") + text, places
 
 
-def _settle(handle: int) -> None:
+def settle(handle: int) -> None:
     """Write a file's bytes to the disk and let its memory go."""
     os.fsync(handle)
     _forget(handle, 0, 0)
@@ -382,7 +382,8 @@ def _forget(handle: int, offset: int, length: int) -> None:
         os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def _write(handle: int, data: memoryview, offset: int) -> None:
+def write_at(handle: int, data: memoryview, offset: int) -> None:
+    """All of the bytes, at a place of a file."""
     done = 0
     while done < len(data):
         done += os.pwrite(handle, data[done:], offset + done)

@@ -24,12 +24,15 @@ class ConvertOptions:
     folder: tyro.conf.Positional[Path]
     """Checkpoint in any format (recognised), or the folder of a run (its newest checkpoint)."""
     output: tyro.conf.Positional[Path]
-    """New folder; it exists when all of it is written, and not before."""
-    to: Literal["bf16", "mxfp4", "openai", "native", "peft"]
+    """New folder, or for gguf a new file X.gguf; it exists when all of it is written, and not
+    before."""
+    to: Literal["bf16", "mxfp4", "openai", "native", "gguf", "peft"]
     """bf16, mxfp4: for transformers and vLLM.  openai: OpenAI's original/.  native: to train on.
-    peft: of a run that trained adapters, these alone."""
-    max_shard_size: str = "5GB"
-    """A new file begins where a tensor would take one beyond this: 5GB, 500MB, 4.5GiB."""
+    gguf: for llama.cpp; experts in MXFP4 stay so, other matrices are in bfloat16.  peft: of a run
+    that trained adapters, these alone."""
+    max_shard_size: str | None = None
+    """A new file begins where a tensor would take one beyond this: 500MB, 4.5GiB; None is 5GB.
+    For bf16, mxfp4 and openai; the others have files of their own sizes."""
     source: Path | None = None
     """MXFP4 folder the weights came from: an expert's group of 32 numbers that is exact on its
     scale there keeps it, so that what training left alone keeps its bytes."""
@@ -37,7 +40,9 @@ class ConvertOptions:
 
 def convert(argv: list[str]) -> int:
     options = parse(ConvertOptions, argv, prog="ossature convert")
-    max_shard_bytes = size_bytes(options.max_shard_size)
+    if options.max_shard_size is not None and options.to not in ("bf16", "mxfp4", "openai"):
+        raise ValueError(f"max_shard_size: --to {options.to} has no files of a given size")
+    max_shard_bytes = size_bytes(options.max_shard_size or "5GB")
     if options.source is not None and options.to not in ("mxfp4", "openai"):
         raise ValueError(f"source: --to {options.to} has no scales to keep")
 
@@ -51,11 +56,16 @@ def convert(argv: list[str]) -> int:
     )
 
     from ossature.convert import folder as folders
-    from ossature.convert.destination import check_free
+    from ossature.convert.destination import check_free, check_no_file
+    from ossature.convert.gguf_write import check_suffix, notes, tensors, write_gguf
     from ossature.convert.layout import TITLES
     from ossature.convert.source import check_same_shape
 
-    check_free(options.output)
+    if options.to == "gguf":
+        check_suffix(options.output)
+        check_no_file(options.output)
+    else:
+        check_free(options.output)
     if options.to == "peft":
         return write_adapter(options)
     to: Format = options.to
@@ -65,7 +75,10 @@ def convert(argv: list[str]) -> int:
         if scales.format not in ("mxfp4", "openai"):
             raise ValueError(f"{scales.folder}: source must be in MXFP4, not {scales.format}")
         check_same_shape(source, scales)
-    total = folders.size_bytes(source, to)
+    if options.to == "gguf":
+        total = sum(place.num_bytes for place in tensors(source).values())
+    else:
+        total = folders.size_bytes(source, to)
     print(f"{source.folder}: {TITLES[source.format]} -> {TITLES[to]}")
     start = time.monotonic()
     console = Console(stderr=True)
@@ -73,17 +86,24 @@ def convert(argv: list[str]) -> int:
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
-        report = folders.write_folder(
-            source,
-            options.output,
-            to,
-            max_shard_bytes=max_shard_bytes,
-            scales=scales,
-            advance=lambda n: bar.advance(task, n),
-        )
+        if options.to == "gguf":
+            report = write_gguf(source, options.output, lambda n: bar.advance(task, n))
+        else:
+            report = folders.write_folder(
+                source,
+                options.output,
+                to,
+                max_shard_bytes=max_shard_bytes,
+                scales=scales,
+                advance=lambda n: bar.advance(task, n),
+            )
     seconds = time.monotonic() - start
     for line in describe(report):
         print(line)
+    for line in notes(source) if options.to == "gguf" else []:
+        print(line)
+    if source.format == "gguf":
+        print(f"{source.folder}: its tokenizer is not carried along: put tokenizer.json beside")
     print(f"{options.output}: {total / 1e9:.2f} GB in {seconds:.1f} s")
     return 0
 
@@ -134,4 +154,7 @@ def size_bytes(text: str) -> int:
     if not match:
         raise ValueError(f"max_shard_size: {text!r} is no size; write it like 5GB or 500MB")
     unit = (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1 if match[2] else 0)
-    return int(float(match[1]) * unit)
+    size = int(float(match[1]) * unit)
+    if not size:
+        raise ValueError(f"max_shard_size: {text!r} holds no tensor; it must be at least 1 byte")
+    return size

@@ -11,7 +11,8 @@ from ossature.checkpoint.store import INDEX, newest
 from ossature.convert import hugging_face, original
 from ossature.convert.config import read_json
 from ossature.convert.destination import new_folder
-from ossature.convert.layout import TITLES, Format, specs
+from ossature.convert.gguf import GgufSource
+from ossature.convert.layout import FORMATS, Format, specs
 from ossature.convert.native import NativeSource, balance_sentence, write_native
 from ossature.convert.source import PublishedSource, Source
 from ossature.convert.transfer import Report, transfer
@@ -22,7 +23,7 @@ BASE = "base.json"
 
 
 def resolve(path: Path | str) -> Path:
-    """The folder that holds the weights: of a run, its newest whole checkpoint.
+    """The folder that holds the weights: of a run, its newest whole checkpoint; or a GGUF file.
 
     A folder without weights of its own that has `original/` stands for that.
 
@@ -30,6 +31,8 @@ def resolve(path: Path | str) -> Path:
         ValueError: there is none.
     """
     folder = Path(path)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return folder
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if (folder / INDEX).is_file() or any(folder.glob("*.safetensors*")):
@@ -51,6 +54,8 @@ def detect(path: Path | str) -> Format:
         ValueError: it has no weights or no config.json.
     """
     folder = resolve(path)
+    if folder.is_file():
+        return "gguf"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: has no config.json")
     if (folder / INDEX).is_file():
@@ -76,6 +81,8 @@ def open_source(path: Path | str, *, balance_bias: bool = False) -> Source:
         raise ValueError(
             f"{folder}: holds an adapter and no model: `ossature merge` puts it into its base"
         )
+    if format == "gguf":
+        return GgufSource(folder)
     if format == "native":
         source = NativeSource(folder)
         if not balance_bias:
@@ -108,8 +115,9 @@ def write_folder(
         ValueError: the folder is not empty, or the format cannot hold this model.
         OSError: the disk is full, or the like.  No part is left under the folder's name.
     """
-    if format not in TITLES:
-        raise ValueError(f"format ({format!r}) must be one of {', '.join(TITLES)}")
+    if format not in FORMATS:
+        raise ValueError(f"format ({format!r}) must be one of {', '.join(FORMATS)}")
+    assert format != "gguf"
     folder = Path(folder)
     expected = size_bytes(source, format)
     with new_folder(folder, expected) as partial:
@@ -137,7 +145,8 @@ def write_folder(
 
 
 def size_bytes(source: Source, format: Format) -> int:
-    """Of all tensors, in a format."""
+    """Of all tensors, in a format of folders."""
+    assert format != "gguf"
     if format == "native":
         return sum(source.spec(name).num_bytes for name in source.names())
     return sum(spec.num_bytes for spec in specs(source.config, format).values())

@@ -21,7 +21,7 @@ class InfoOptions:
     """Say what a checkpoint holds: format, size, parameters, shape, and what is odd."""
 
     folder: tyro.conf.Positional[Path]
-    """Checkpoint in any format, or the folder of a run (its newest checkpoint)."""
+    """Checkpoint in any format, a GGUF file, or the folder of a run (its newest checkpoint)."""
 
 
 def main(argv: list[str]) -> int:
@@ -68,6 +68,8 @@ def describe(source: Source) -> Iterator[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")])
 
 
@@ -78,8 +80,9 @@ def odd(source: Source) -> Iterator[str]:
     from ossature.convert.source import PublishedSource, word
     from ossature.model.config import ModelConfig
 
-    table = read_json(source.folder / "config.json")
     config = source.config
+    gguf = source.format == "gguf"  # one file: no config.json, no tokenizer.json
+    table = {} if gguf else read_json(source.folder / "config.json")
     if source.format == "bf16" and table.get("quantization_config") is not None:
         yield "config.json has a quantization_config, the weights are not quantised"
     if source.format == "mxfp4" and table.get("quantization_config") is None:
@@ -91,7 +94,7 @@ def odd(source: Source) -> Iterator[str]:
     dtypes = Counter(word(source.spec(name).dtype) for name in source.names())
     if stated is not None and stated != dtypes.most_common(1)[0][0]:
         yield f"config.json says {stated}, most weights are {dtypes.most_common(1)[0][0]}"
-    if len(dtypes) > 1:
+    if len(dtypes) > 1 and not gguf:
         yield f"weights of several dtypes: {', '.join(sorted(dtypes))}"
     published = ModelConfig()
     for name in ("rms_norm_eps", "rope_truncate", "swiglu_alpha", "swiglu_limit", "rope_theta"):
@@ -100,7 +103,7 @@ def odd(source: Source) -> Iterator[str]:
     alternating = ModelConfig(num_hidden_layers=config.num_hidden_layers).layer_types
     if config.layer_types != alternating:
         yield "layers do not alternate sliding, full, as published"
-    if "tokenizer.json" not in {path.name for path in source.files}:
+    if not gguf and "tokenizer.json" not in {path.name for path in source.files}:
         yield "no tokenizer.json"
     if isinstance(source, PublishedSource):
         used = {place.file for place in source.reader.places.values()}

@@ -12,13 +12,15 @@ from ossature.kernels.mxfp4 import GROUP
 from ossature.model.config import ModelConfig
 
 Published = Literal["bf16", "mxfp4", "openai"]
-Format = Literal["bf16", "mxfp4", "openai", "native"]
+Format = Literal["bf16", "mxfp4", "openai", "native", "gguf"]
 FORMATS: tuple[Format, ...] = ("bf16", "mxfp4", "openai", "native")
+"""Those that are folders; the other is a file."""
 TITLES: dict[Format, str] = {
     "bf16": "Hugging Face, bfloat16",
     "mxfp4": "Hugging Face, MXFP4",
     "openai": "OpenAI original, MXFP4",
     "native": "native (torch.distributed.checkpoint)",
+    "gguf": "GGUF of llama.cpp",
 }
 
 

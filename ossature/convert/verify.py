@@ -23,7 +23,7 @@ class VerifyOptions:
     ranks; exit 1 where they differ in anything.  Under torchrun the ranks share the work."""
 
     a: tyro.conf.Positional[Path]
-    """Checkpoint, or the folder of a run (its newest checkpoint)."""
+    """Checkpoint, a GGUF file, or the folder of a run (its newest checkpoint)."""
     b: tyro.conf.Positional[Path | None] = None
     """The other one."""
     logits: bool = False
@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
 
     with launched() as ranks, first_prints(ranks):
         one = open_source(options.a)
+        if options.round_trip and one.format == "gguf":
+            raise ValueError(f"{options.a}: --round-trip takes a folder")
         if options.b is not None:
             return compare(one, open_source(options.b), options, ranks)
 
