@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ossature.kernels.attention import band_mask, full_attention, window_attention
 from ossature.kernels.flex import flex_attend, flex_mask
-from ossature.model.cache import LayerCache, Step, attend_kept
+from ossature.model.cache import Prompt, Step
 from ossature.model.config import ModelConfig
 from ossature.model.rope import Rotation, rotate
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.window = config.window(layer)
+        self.layer, self.window = layer, config.window(layer)
         self.form: Form = form
         self.q_proj = nn.Linear(config.hidden_size, query_size)
         self.k_proj = nn.Linear(config.hidden_size, key_size)
@@ -56,17 +56,14 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "batch seq hidden"],
         rotation: Rotation,
-        layout: Layout | Step,
-        cache: LayerCache | None = None,
+        layout: Layout | Prompt | Step,
     ) -> Float[Tensor, "batch seq hidden"]:
         # -1 and not a head count: a tensor-parallel rank holds only some of the heads.
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, kv_heads, head_dim)
-        kept = None if cache is None else cache.extend(k, v)
-        if isinstance(layout, Step):
-            assert kept is not None
-            heads = attend_kept(q, *kept, sinks=self.sinks(), mask=layout.mask(self.window))
+        if not isinstance(layout, Layout):
+            heads = layout.attend(self.layer, q, k, v, self.sinks())
         elif self.form == "eager":
             heads = attend(q, k, v, sinks=self.sinks(), mask=layout.mask(self.window))
         else:

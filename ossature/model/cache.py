@@ -1,130 +1,222 @@
-"""Keys and values of the tokens that rows have seen, kept while sampling.
+"""Keys and values of sequences that are being sampled, and what their next tokens see of them.
 
-A full layer keeps every token.  A sliding layer keeps the last `sliding_window`, in a ring: the
-token at place p of its row lies in slot p % slots, so the newest overwrites the one that has just
-left the window.  Everything goes by place in the row, as in training; rows of unequal prompts are
-padded in front, and since a row goes on with its last document, its padding is never seen.
+A full layer has one store for all sequences.  Each has a stretch of it, as long as it may become:
+what is kept is bounded, and known before a sequence is let in.  A sliding layer has a ring for
+each sequence: the token at place p lies in slot p % window, so that the newest overwrites the one
+that has just left the window.
 
-Cached = recomputed, past the window too: tests/sample/test_generate.py.
+A forward pass goes over one sequence's next tokens (`Prompt`) or one token of each of several
+(`Step`); both stand where `Layout` stands for whole rows.  A query's result depends on its own
+sequence alone, to the bit: nothing is filled up to the length of another one.
+
+Cached = recomputed, past the window too: tests/model/test_cache.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from ossature.kernels.kept_attention import attend_next, attend_ring, attend_stretches
 from ossature.model.config import ModelConfig
 
 
 class Cache:
-    """What a model has seen of a batch of rows, for `model(tokens, cache=cache)`.
+    """What a model has seen of some sequences, each of which has a row.
 
-    The first call takes whole prompts, every later one a single token a row.
+    It takes memory when a layer first has keys: a rank keeps those of its own heads, in their
+    dtype.
 
     Args:
-        room: tokens a row may grow to, its prompt and padding included.
+        rows: sequences at a time.
+        tokens: of all sequences together, as many as they may grow to.
     """
 
-    def __init__(self, config: ModelConfig, room: int) -> None:
-        self.room = room
-        self.layers = [
-            LayerCache(room if (window := config.window(layer)) is None else min(window, room))
-            for layer in range(config.num_hidden_layers)
-        ]
-        self.length = 0
-        """Tokens of each row so far, padding included."""
+    def __init__(self, config: ModelConfig, rows: int, tokens: int) -> None:
+        self.config, self.tokens = config, tokens
+        self.length = [0] * rows
+        """Tokens of each row that are kept."""
+        self.stretch: list[range] = [range(0)] * rows
+        """The places of each row in the stores; empty for a row that is free."""
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def start(self, run: Int[Tensor, "batch seq"], position: Int[Tensor, "batch seq"]) -> None:
-        """Take in whole prompts.
+    @property
+    def free_tokens(self) -> int:
+        return self.tokens - sum(map(len, self.stretch))
+
+    @property
+    def free_rows(self) -> int:
+        return sum(not stretch for stretch in self.stretch)
+
+    def admit(self, room: int) -> int:
+        """A row for a new sequence, which may grow to `room` tokens."""
+        assert self.free_rows and 0 < room <= self.free_tokens, "ask free_rows and free_tokens"
+        row = next(row for row, stretch in enumerate(self.stretch) if not stretch)
+        start = self._gap(room)
+        if start is None:
+            self._close_gaps()
+            start = self._gap(room)
+        assert start is not None
+        self.stretch[row], self.length[row] = range(start, start + room), 0
+        return row
+
+    def leave(self, row: int) -> None:
+        """The row's sequence has ended."""
+        self.stretch[row], self.length[row] = range(0), 0
+
+    def copy(self, row: int, to: int) -> None:
+        """Let another row have seen the same."""
+        length = self.length[to] = self.length[row]
+        assert length <= len(self.stretch[to])
+        for layer, kept in self._layers.items():
+            for x in kept:
+                if self.config.window(layer) is None:
+                    source, goal = self.stretch[row].start, self.stretch[to].start
+                    x[goal : goal + length] = x[source : source + length]
+                else:
+                    x[to] = x[row]
+
+    def prompt(self, row: int, tokens: int, device: torch.device | str = "cpu") -> Prompt:
+        """For a pass over the next `tokens` of a row's sequence."""
+        self._grow(row, tokens)
+        return Prompt(self, row, tokens, torch.device(device))
+
+    def step(
+        self, rows: Sequence[int], fill: int = 0, device: torch.device | str = "cpu"
+    ) -> Step:
+        """For a pass over one token of each of these rows.
 
         Args:
-            run: number of the document of each token; a row goes on with its last one.
-            position: RoPE positions; the next token's is one more than the last.
+            fill: tokens that follow in the batch, copies of the first row's, and are not kept.
         """
-        self._admit(run.shape[1])
-        self.first = (run != run[:, -1:]).sum(dim=1)  # place of the last document's first token
-        self.position = position[:, -1:]
+        for row in rows:
+            self._grow(row, 1)
+        return Step(self, list(rows), fill, torch.device(device))
 
-    def step(self, tokens: Int[Tensor, "batch seq"]) -> Step:
-        """Take in one more token a row."""
-        if tokens.shape[1] != 1:
+    def layer(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer: (tokens, kv_heads, head_dim), or (rows, window, ...)."""
+        if layer not in self._layers:
+            window = self.config.window(layer)
+            size = (self.tokens,) if window is None else (len(self.length), window)
+            # Zeros in a ring: slots that are not in use are multiplied by zero, not left out.
+            new = like.new_empty if window is None else like.new_zeros
+            self._layers[layer] = (
+                new((*size, *like.shape[-2:])),
+                new((*size, *like.shape[-2:])),
+            )
+        return self._layers[layer]
+
+    def _grow(self, row: int, tokens: int) -> None:
+        length = self.length[row] + tokens
+        if length > len(self.stretch[row]):
             raise ValueError(
-                f"a cache in use takes one token a row at a time, not {tokens.shape[1]}"
+                f"the cache has room for {len(self.stretch[row])} tokens in row {row}, not {length}"
             )
-        self._admit(1)
-        self.position = self.position + 1
-        return Step(self.length, self.first, self.position)
+        self.length[row] = length
 
-    def _admit(self, tokens: int) -> None:
-        self.length += tokens
-        if self.length > self.room:
-            raise ValueError(f"the cache has room for {self.room} tokens a row, not {self.length}")
+    def _taken(self) -> list[tuple[int, int]]:
+        """Starts of the stretches in use and their rows, in order."""
+        return sorted((stretch.start, row) for row, stretch in enumerate(self.stretch) if stretch)
+
+    def _gap(self, room: int) -> int | None:
+        """The first place that is followed by so many free ones."""
+        end = 0
+        for start, row in self._taken():
+            if start - end >= room:
+                return end
+            end = self.stretch[row].stop
+        return end if self.tokens - end >= room else None
+
+    def _close_gaps(self) -> None:
+        end = 0
+        for start, row in self._taken():
+            size, length = len(self.stretch[row]), self.length[row]
+            if start != end:
+                self.stretch[row] = range(end, end + size)
+                for x in self._stores():
+                    x[end : end + length] = x[start : start + length].clone()
+            end += size
+
+    def _stores(self) -> Iterator[Tensor]:
+        for layer, kept in self._layers.items():
+            if self.config.window(layer) is None:
+                yield from kept
 
 
-class LayerCache:
-    """The keys and values of one layer; a rank keeps those of its own heads."""
+class Prompt:
+    """The next tokens of one sequence: the place of the first is `first`."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.length = 0
-        """Tokens of each row that came by; the last `slots` of them are kept."""
+    def __init__(self, cache: Cache, row: int, tokens: int, device: torch.device) -> None:
+        self.cache, self.row = cache, row
+        self.first = cache.length[row] - tokens
+        self.start = cache.stretch[row].start
+        place = torch.arange(self.first, self.first + tokens, device=device)
+        self.position: Int[Tensor, "batch seq"] = place[None]
 
-    def extend(
-        self,
-        k: Float[Tensor, "batch seq kv_heads head_dim"],
-        v: Float[Tensor, "batch seq kv_heads head_dim"],
-    ) -> tuple[
-        Float[Tensor, "batch kv_seq kv_heads head_dim"],
-        Float[Tensor, "batch kv_seq kv_heads head_dim"],
-    ]:
-        """Keep the newest tokens' keys and values; returns all that are kept, by slot."""
-        if not self.length:
-            self._keys, self._values = (
-                x.new_empty(x.shape[0], self.slots, *x.shape[2:]) for x in (k, v)
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Float[Tensor, " heads"]
+    ) -> Float[Tensor, "batch seq heads head_dim"]:
+        """Attention of the new tokens to themselves and to those before, which are kept."""
+        window, tokens = self.cache.config.window(layer), q.shape[1]
+        kept = self.cache.layer(layer, k)
+        if window is None:
+            before, end = self.first, self.start + self.first + tokens
+            for x, new in zip(kept, (k, v), strict=True):
+                x[end - tokens : end] = new[0]
+            keys, values = (x[self.start : end] for x in kept)
+        else:
+            before = min(self.first, window - 1)
+            place = torch.arange(self.first - before, self.first, device=q.device)
+            keys, values = (
+                torch.cat([x[self.row, place % window], new[0]])
+                for x, new in zip(kept, (k, v), strict=True)
             )
-        end = self.length + k.shape[1]
-        slot = torch.arange(max(self.length, end - self.slots), end, device=k.device) % self.slots
-        self._keys[:, slot] = k[:, -self.slots :]
-        self._values[:, slot] = v[:, -self.slots :]
-        self.length = end
-        kept = min(end, self.slots)
-        return self._keys[:, :kept], self._values[:, :kept]
+            newest = torch.arange(max(0, tokens - window), tokens, device=q.device)
+            for x, new in zip(kept, (k, v), strict=True):
+                x[self.row, (self.first + newest) % window] = new[0, newest]
+        return attend_next(q[0], keys, values, sinks, before, window)[None]
 
 
 class Step:
-    """Which kept keys one new token a row sees; stands where `Layout` stands for whole rows."""
+    """One more token of each of some sequences."""
 
-    def __init__(
-        self, length: int, first: Int[Tensor, " batch"], position: Int[Tensor, "batch 1"]
-    ) -> None:
-        self.length, self.first, self.position = length, first, position
+    def __init__(self, cache: Cache, rows: list[int], fill: int, device: torch.device) -> None:
+        self.cache, self.rows, self.fill = cache, rows, fill
+        self.lengths = [cache.length[row] for row in rows]
+        self.starts = [cache.stretch[row].start for row in rows]
+        self.row = torch.tensor(rows, device=device)
+        self.place = torch.tensor(self.lengths, device=device) - 1
+        filled = torch.cat([self.place, self.place[:1].expand(fill)])
+        self.position: Int[Tensor, "batch seq"] = filled[:, None]
+        self.store_place = torch.tensor(self.starts, device=device) + self.place
+        self.dense = rows == list(range(len(rows)))
+        self._slots: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def mask(self, window: int | None) -> Bool[Tensor, "batch 1 kv_seq"]:
-        """True for the keys of the token's own document; the ring holds no key out of the window.
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Float[Tensor, " heads"]
+    ) -> Float[Tensor, "batch seq heads head_dim"]:
+        """Attention of every new token to itself and to those before it, which are kept."""
+        window, rows = self.cache.config.window(layer), len(self.rows)
+        kept = self.cache.layer(layer, k)
+        query = q[:rows, 0]
+        if window is None:
+            for x, new in zip(kept, (k, v), strict=True):
+                x[self.store_place] = new[:rows, 0]
+            out = attend_stretches(query, *kept, sinks, self.starts, self.lengths)
+        else:
+            slot, used = self._ring(window)
+            for x, new in zip(kept, (k, v), strict=True):
+                x[self.row, slot] = new[:rows, 0]
+            keys, values = (x[:rows] if self.dense else x[self.row] for x in kept)
+            out = attend_ring(query, keys, values, sinks, used)
+        return torch.cat([out, out[:1].expand(self.fill, -1, -1)])[:, None] if self.fill else out[:, None]
 
-        Args:
-            window: tokens a query sees, its own included; None sees the whole document.
-        """
-        kept = self.length if window is None else min(window, self.length)
-        slot = torch.arange(kept, device=self.first.device)
-        last = self.length - 1
-        place = last - (last - slot) % kept  # the newest place that falls on the slot
-        return (place >= self.first[:, None])[:, None]
-
-
-def attend_kept(
-    q: Float[Tensor, "batch seq heads head_dim"],
-    k: Float[Tensor, "batch kv_seq kv_heads head_dim"],
-    v: Float[Tensor, "batch kv_seq kv_heads head_dim"],
-    *,
-    sinks: Float[Tensor, " heads"],
-    mask: Bool[Tensor, "batch seq kv_seq"],
-) -> Float[Tensor, "batch seq heads head_dim"]:
-    """`attend` without a copy of the keys per query head; logits and softmax in fp32."""
-    q = q.unflatten(2, (k.shape[2], -1))  # (batch, seq, kv_heads, group, head_dim)
-    logits = torch.einsum("bqhgd,bkhd->bhgqk", q, k).float() * q.shape[-1] ** -0.5
-    logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
-    sink = sinks.float().view(q.shape[2:4])[:, :, None, None].expand(*logits.shape[:-1], 1)
-    weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
-    return torch.einsum("bhgqk,bkhd->bqhgd", weights.to(v.dtype), v).flatten(2, 3)
+    def _ring(self, window: int) -> tuple[Tensor, Tensor]:
+        """The slot of each new token, and which slots hold a token: (rows, window)."""
+        if window not in self._slots:
+            used = torch.arange(window, device=self.place.device) <= self.place[:, None]
+            self._slots[window] = self.place % window, used
+        return self._slots[window]

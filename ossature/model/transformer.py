@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ossature.kernels.cross_entropy import LossAndGradient, linear_cross_entropy
 from ossature.kernels.norm import rms_norm
 from ossature.model.attention import Attention, Form, Layout
-from ossature.model.cache import Cache, LayerCache, Step
+from ossature.model.cache import Prompt, Step
 from ossature.model.config import ModelConfig
 from ossature.model.init import initial_weight
 from ossature.model.moe import MoE, RouterLog, RouterStatistics
@@ -52,7 +52,7 @@ class Transformer(nn.Module):
         document: Int[Tensor, "batch seq"] | None = None,
         targets: Int[Tensor, "batch seq"] | None = None,
         router_log: RouterLog | None = None,
-        cache: Cache | None = None,
+        cache: Prompt | Step | None = None,
         layout: Layout | None = None,
     ) -> Float[Tensor, "batch places vocab"] | Float[Tensor, ""]:
         """Logits; or, with targets, the sum of the cross-entropy over the counted ones, in fp32.
@@ -63,20 +63,20 @@ class Transformer(nn.Module):
                 A negative id marks padding, which router statistics leave out.
             targets: the token to predict from each place, already shifted; -100 is not counted.
             router_log: filled with the statistics of every layer.
-            cache: what the rows have seen so far; `tokens` go on from there, as part of the last
-                document of their row, and only the last place has logits: (batch, 1, vocab).
+            cache: a turn of a `Cache`, which says what the tokens go on from and keeps theirs; only
+                the last place has logits: (batch, 1, vocab).
             layout: which tokens see which; default from `document`.  With it comes `position`.
         """
         if document is None:
             document = torch.zeros_like(tokens)
-        seen: Layout | Step | None = layout
+        seen: Layout | Prompt | Step | None = layout
         if seen is None:
             seen, position = lay_out(document, position, cache)
         assert position is not None
         counted = None if router_log is None else document >= 0
         turn = rotation(self.config, position)
         x = self.embedding(tokens)
-        x = through_blocks(self.blocks, x, turn, seen, counted, router_log, cache)
+        x = through_blocks(self.blocks, x, turn, seen, counted, router_log)
         if cache is not None:
             x = x[:, -1:]
         return self.lm_head(self.norm(x), targets)
@@ -91,32 +91,26 @@ class Transformer(nn.Module):
 def lay_out(
     document: Int[Tensor, "batch seq"],
     position: Int[Tensor, "batch seq"] | None,
-    cache: Cache | None,
-) -> tuple[Layout | Step, Int[Tensor, "batch seq"]]:
-    """What the new tokens of a batch see, and their positions for RoPE; the cache takes them in."""
-    if cache is not None and cache.length:
-        step = cache.step(document)
-        return step, step.position
-    layout = Layout(document)
-    position = layout.position if position is None else position
+    cache: Prompt | Step | None,
+) -> tuple[Layout | Prompt | Step, Int[Tensor, "batch seq"]]:
+    """What the tokens of a batch see, and their positions for RoPE."""
     if cache is not None:
-        cache.start(layout.run, position)
-    return layout, position
+        return cache, cache.position
+    layout = Layout(document)
+    return layout, layout.position if position is None else position
 
 
 def through_blocks(
     blocks: nn.ModuleDict,
     x: Float[Tensor, "batch seq hidden"],
     turn: Rotation,
-    layout: Layout | Step,
+    layout: Layout | Prompt | Step,
     counted: Bool[Tensor, "batch places"] | None,
     router_log: RouterLog | None,
-    cache: Cache | None,
 ) -> Float[Tensor, "batch seq hidden"]:
     """Blocks by number, in order: all of a model's, or those of a pipeline stage."""
-    for number, block in blocks.items():
-        kept = None if cache is None else cache.layers[int(number)]
-        x, statistics = block(x, turn, layout, counted, kept)
+    for block in blocks.values():
+        x, statistics = block(x, turn, layout, counted)
         if router_log is not None:
             router_log.layers.append(statistics)
     return x
@@ -136,11 +130,10 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "batch seq hidden"],
         turn: Rotation,
-        layout: Layout | Step,
+        layout: Layout | Prompt | Step,
         counted: Bool[Tensor, "batch seq"] | None,
-        cache: LayerCache | None = None,
     ) -> tuple[Float[Tensor, "batch seq hidden"], RouterStatistics | None]:
-        x = x + self.attention(self.attention_norm(x), turn, layout, cache)
+        x = x + self.attention(self.attention_norm(x), turn, layout)
         y, statistics = self.moe(self.moe_norm(x), counted)
         return x + y, statistics
 

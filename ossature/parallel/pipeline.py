@@ -24,7 +24,7 @@ from torch.torch_version import TorchVersion
 
 from ossature.config import TrainConfig
 from ossature.model.attention import Layout
-from ossature.model.cache import Cache
+from ossature.model.cache import Prompt, Step
 from ossature.model.moe import RouterLog, RouterStatistics
 from ossature.model.transformer import Transformer, lay_out
 from ossature.parallel.context import Context
@@ -148,7 +148,7 @@ class Pipeline:
         position: Tensor | None = None,
         document: Tensor | None = None,
         targets: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Prompt | Step | None = None,
     ) -> Tensor:
         """As `Transformer.forward`, without gradients; every rank of the axis has the result."""
         document = torch.zeros_like(tokens) if document is None else document
@@ -163,7 +163,6 @@ class Pipeline:
             "position": cut(position),
             "targets": None if targets is None else cut(targets),
             "layout": layout,
-            "cache": cache,
         }
         x = cut(tokens)
         for number in range(self.count):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ossature.config import ParallelConfig, TrainConfig
 from ossature.model.attention import Layout
-from ossature.model.cache import Cache, Step
+from ossature.model.cache import Prompt, Step
 from ossature.model.config import ModelConfig
 from ossature.model.flops import matmul_parameters
 from ossature.model.moe import RouterLog, RouterStatistics
@@ -123,8 +123,7 @@ class Stage(nn.Module):
         document: Tensor,
         position: Tensor,
         targets: Tensor | None = None,
-        layout: Layout | Step | None = None,
-        cache: Cache | None = None,
+        layout: Layout | Prompt | Step | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """(batch, seq, hidden); from the last stage the summed loss, (1,), or logits.
 
@@ -140,14 +139,15 @@ class Stage(nn.Module):
         log = None if counted is None else RouterLog()
         x = x if self.embedding is None else self.embedding(x)
         turn = rotation(self.config, position)
-        x = through_blocks(self.blocks, x, turn, layout, counted, log, cache)
+        x = through_blocks(self.blocks, x, turn, layout, counted, log)
         if log is not None:
             for number, statistics in zip(self.blocks, log.layers, strict=True):
                 if self.note is not None:
                     self.note(int(number), statistics)
                 sums = None if sums is None else sums + pack(statistics)
         if self.norm is not None and self.lm_head is not None:
-            x = self.lm_head(self.norm(x if cache is None else x[:, -1:]), targets)
+            x = x if isinstance(layout, Layout) else x[:, -1:]
+            x = self.lm_head(self.norm(x), targets)
             x = x if targets is None else torch.stack([x])
         return x if sums is None else (x, sums)
 
