@@ -68,6 +68,79 @@ def grouped_experts(
     )[0]
 
 
+def few_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """All of it for few tokens, without gradients, on CPU: what one step of sampling needs.
+
+    Only the products go expert by expert.  In float32 rows are filled up to a multiple of
+    `FEW_ROWS`, with copies of one of the same expert: a token's result has then the same bits
+    whatever other tokens there are (MKL multiplies fewer than four rows in another way).
+
+    Args:
+        x: (tokens, hidden); chosen, weights: (tokens, k).
+        gate_up_weight ... down_bias: as in `grouped_experts`.
+    """
+    few = Few(chosen, 1 if x.dtype == torch.bfloat16 else FEW_ROWS)
+    rows, weight = x[few.pair // few.k], weights.flatten()[few.pair, None]
+    gate_up = rows.new_empty(len(rows), gate_up_bias.shape[1])
+    for expert, span in few.spans:
+        torch.mm(rows[span], gate_up_weight[expert].mT, out=gate_up[span])
+    gate_up += gate_up_bias[few.expert]
+    inner = _activate(gate_up[:, 0::2], gate_up[:, 1::2], alpha, limit).mul_(weight / alpha)
+    out = torch.empty_like(rows)
+    for expert, span in few.spans:
+        torch.mm(inner[span], down_weight[expert].mT, out=out[span])
+    out.addcmul_(down_bias[few.expert], weight)
+    return few.combine(out)
+
+
+FEW_ROWS = 8
+
+
+class Few:
+    """Rows of few tokens, sorted by expert and filled up; made on the host.
+
+    Args:
+        chosen: (tokens, k) experts of each token.
+        multiple: the rows of each expert are filled up to a multiple of it.
+    """
+
+    def __init__(self, chosen: Tensor, multiple: int) -> None:
+        self.k = chosen.shape[1]
+        members: dict[int, list[int]] = {}
+        for pair, expert in enumerate(chosen.flatten().tolist()):
+            members.setdefault(expert, []).append(pair)
+        pairs, experts, place = [], [], [0] * chosen.numel()
+        self.spans: list[tuple[int, slice]] = []
+        """The experts that have rows, and which."""
+        for expert, own in members.items():
+            start = len(pairs)
+            for row, pair in enumerate(own):
+                place[pair] = start + row
+            filled = own + own[:1] * (-len(own) % multiple)
+            pairs += filled
+            experts += [expert] * len(filled)
+            self.spans.append((expert, slice(start, len(pairs))))
+        self.pair = torch.tensor(pairs, dtype=torch.int64)
+        """Of chosen.flatten(), for each row."""
+        self.expert = torch.tensor(experts, dtype=torch.int64)
+        """Of each row."""
+        self._place = torch.tensor(place, dtype=torch.int64)
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """Sum of the k rows of each token."""
+        return rows[self._place].unflatten(0, (-1, self.k)).sum(1)
+
+
 def _gather_sum(rows: Tensor, order: Tensor, k: int) -> Tensor:
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ossature.kernels.attention import _flash, _with_sink, band_mask, window_attention
+from ossature.kernels.attention import _flash, band_mask, window_attention
 from ossature.kernels.chunk_attention import chunk_attention
 from ossature.kernels.flex import flex_attend, split_flex_mask
 
@@ -48,7 +48,8 @@ def attend_ring(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, used: Tensor) ->
     if q.device.type != "cpu":
         return _masked(q, k, v, sinks, used)
     mask = torch.zeros(used.shape, dtype=q.dtype).masked_fill_(~used, -torch.inf)
-    return _grouped_flash(q, k, v, sinks, mask[:, None, None])
+    q = q.unflatten(1, (k.shape[2], -1))  # (rows, kv_heads, group, head_dim)
+    return _sink(*_grouped_flash(q, k, v, mask[:, None, None]), sinks)
 
 
 def attend_stretches(
@@ -66,19 +67,33 @@ def attend_stretches(
         used = place < size
         place = torch.tensor(starts, device=q.device)[:, None] + torch.minimum(place, size - 1)
         return _masked(q, k[place], v[place], sinks, used)
-    rows = []
+    q = q.unflatten(1, (k.shape[1], -1))  # (rows, kv_heads, group, head_dim)
+    outs, lses = [], []
     for n, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         span = slice(start, start + length)
-        rows.append(_grouped_flash(q[n : n + 1], k[None, span], v[None, span], sinks, None))
-    return torch.cat(rows)
+        out, lse = _grouped_flash(q[n : n + 1], k[None, span], v[None, span], None)
+        outs.append(out)
+        lses.append(lse)
+    return _sink(torch.cat(outs), torch.cat(lses), sinks)
 
 
-def _grouped_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor | None) -> Tensor:
-    q = q.unflatten(1, (k.shape[2], -1))  # (rows, kv_heads, group, head_dim)
-    out, lse = _flash(q, k.transpose(1, 2), v.transpose(1, 2), 0.0, False, attn_mask=mask)
-    # The flash kernel's output lies (rows, group, kv_heads, head_dim) in memory.
-    sink = sinks.to(lse.dtype).view(q.shape[1:3])
-    return out.mul(torch.sigmoid(lse - sink)[..., None].to(out.dtype)).flatten(1, 2)
+def _grouped_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _flash(q, k.transpose(1, 2), v.transpose(1, 2), 0.0, False, attn_mask=mask)
+
+
+def _sink(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """(rows, kv_heads, group, head_dim) -> (rows, heads, head_dim), with what the sinks take.
+
+    torch computes what is left over from whole vectors in another way, one number at a time, and
+    the last bit may differ; so the numbers are filled up, and a row has the same bits in any batch.
+    """
+    kept = (lse - sinks.to(lse.dtype).view(out.shape[1:3])).flatten()
+    kept = torch.sigmoid(F.pad(kept, (0, -len(kept) % VECTOR)))[: len(kept)]
+    return out.mul(kept.view(lse.shape)[..., None].to(out.dtype)).flatten(1, 2)
+
+
+VECTOR = 64
+"""Numbers that a vectorised loop of torch takes at a time, at most."""
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, used: Tensor) -> Tensor:

@@ -84,9 +84,7 @@ class Cache:
         self._grow(row, tokens)
         return Prompt(self, row, tokens, torch.device(device))
 
-    def step(
-        self, rows: Sequence[int], fill: int = 0, device: torch.device | str = "cpu"
-    ) -> Step:
+    def step(self, rows: Sequence[int], fill: int = 0, device: torch.device | str = "cpu") -> Step:
         """For a pass over one token of each of these rows.
 
         Args:
@@ -212,7 +210,9 @@ class Step:
                 x[self.row, slot] = new[:rows, 0]
             keys, values = (x[:rows] if self.dense else x[self.row] for x in kept)
             out = attend_ring(query, keys, values, sinks, used)
-        return torch.cat([out, out[:1].expand(self.fill, -1, -1)])[:, None] if self.fill else out[:, None]
+        if self.fill:
+            out = torch.cat([out, out[:1].expand(self.fill, -1, -1)])
+        return out[:, None]
 
     def _ring(self, window: int) -> tuple[Tensor, Tensor]:
         """The slot of each new token, and which slots hold a token: (rows, window)."""

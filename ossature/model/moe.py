@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ossature.kernels.experts import combine, dispatch, grouped_experts, sort_by_expert
+from ossature.kernels.experts import (
+    combine,
+    dispatch,
+    few_experts,
+    grouped_experts,
+    sort_by_expert,
+)
 from ossature.model.attention import Form
 from ossature.model.config import ModelConfig
 
@@ -84,6 +90,10 @@ class Router(nn.Module):
         return logits.topk(self.num_experts_per_tok, dim=-1).indices
 
 
+FEW = 64
+"""Up to so many tokens, as sampling has them, a layer's time is that of reading its weights."""
+
+
 class Experts(nn.Module):
     """All experts of a layer; each parameter holds one slice per expert."""
 
@@ -110,6 +120,8 @@ class Experts(nn.Module):
         matrices = self.gate_up_weight, self.gate_up_bias, self.down_weight, self.down_bias
         if self.form == "eager":
             return eager_experts(x, chosen, weights, *matrices, self.alpha, self.limit)
+        if len(x) <= FEW and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return few_experts(x, chosen, weights, *matrices, self.alpha, self.limit)
         order, counts = sort_by_expert(chosen, self.gate_up_weight.shape[0])
         rows = dispatch(x, order, chosen.shape[1])
         rows = self.compute(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from ossature.config import ParallelConfig, parse
-from ossature.sample.text import Continuation
+from ossature.sample.options import Constraint, SamplingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,22 @@ class SampleOptions:
     """Draw among so many of the most probable tokens; 0: all."""
     top_p: float = 1.0
     """Draw among the most probable tokens that reach this probability together."""
+    min_p: float = 0.0
+    """Draw among tokens at least this times as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that were seen are divided by it, or multiplied if negative; 1: none."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens of the continuation; 0: none."""
     seed: int = 0
     """Of the draws: the same command prints the same text."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation; they are not printed."""
+    regex: str = ""
+    """A regular expression that the whole of each continuation matches."""
+    json_schema: str = ""
+    """A file with the JSON schema of each continuation."""
+    batch: int = 8
+    """Prompts that are continued at a time; each of the others takes the place of one that ends."""
     tokenizer: str = ""
     """Tokenizer of a folder that holds none: a tokenizer.json, a folder or a Hugging Face id."""
     device: str = ""
@@ -50,6 +62,11 @@ def main(argv: list[str]) -> int:
         raise ValueError('sample: no prompt; give --prompt "TEXT"')
     if "" in options.prompt:
         raise ValueError("sample: an empty --prompt; give at least one character")
+    if options.batch < 1:
+        raise ValueError(f"batch ({options.batch}) must be 1 or more")
+    if options.regex and options.json_schema:
+        raise ValueError("sample: --regex and --json-schema exclude each other")
+    sampling = _sampling(options, ())
 
     import torch
 
@@ -57,10 +74,8 @@ def main(argv: list[str]) -> int:
     from ossature.convert.open import open_model
     from ossature.data.tokenizer import load as load_tokenizer
     from ossature.parallel.launch import first_prints, launched
-    from ossature.sample.generate import generate
-    from ossature.sample.sampling import check_sampling
+    from ossature.sample.engine import Engine, Request
 
-    check_sampling(options.temperature, options.top_k, options.top_p)
     folder = resolve(options.folder)
     if not options.tokenizer and not (folder / "tokenizer.json").is_file():
         raise ValueError(
@@ -70,21 +85,35 @@ def main(argv: list[str]) -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     with launched() as ranks, first_prints(ranks):
         model = open_model(folder, options.parallel, dtype, ranks, options.device or None)
-        ends = stop_ids(tokenizer.special, model.config.eos_token_id)
-        printer = Printer(options.prompt, tokenizer.decode, ends, options.stop)
-        generate(
-            model,
-            [tokenizer.encode(text) for text in options.prompt],
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            stop_ids=ends,
-            seed=options.seed,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            watch=printer.watch,
-        )
-        printer.finish()
+        prompts = [tokenizer.encode(text) for text in options.prompt]
+        batch = min(options.batch, len(prompts))
+        longest = max(map(len, prompts)) + options.max_new_tokens
+        engine = Engine(model, max_batch=batch, max_tokens=batch * longest, tokenizer=tokenizer)
+        ends = tuple(sorted(stop_ids(tokenizer.special, model.config.eos_token_id)))
+        sampling = _sampling(options, ends)
+        numbers = [
+            engine.submit(Request(prompt, replace(sampling, seed=options.seed + row)))
+            for row, prompt in enumerate(prompts)
+        ]
+        printer = Printer(options.prompt)
+        while engine.busy:
+            for event in engine.step():
+                printer.take(numbers.index(event.request), event.text, bool(event.finished))
     return 0
+
+
+def _sampling(options: SampleOptions, ends: tuple[int, ...]) -> SamplingOptions:
+    constraint = None
+    if options.regex:
+        constraint = Constraint("regex", options.regex)
+    elif options.json_schema:
+        constraint = Constraint("json_schema", Path(options.json_schema).read_text("utf-8"))
+    same = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    return SamplingOptions(
+        **{name: getattr(options, name) for name in same},
+        max_new_tokens=options.max_new_tokens, stop=options.stop, stop_ids=ends,
+        constraint=constraint,
+    )  # fmt: skip
 
 
 def stop_ids(special: Mapping[str, int], eos: int | None) -> set[int]:
@@ -105,48 +134,22 @@ class Printer:
     The first unfinished row is shown live; the others grow unseen until it is their turn.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        decode: Callable[[list[int]], str],
-        stop_ids: Collection[int] = (),
-        stops: Sequence[str] = (),
-    ) -> None:
-        self.prompts, self.stop_ids = prompts, stop_ids
-        self.rows = [Continuation(decode, stops) for _ in prompts]
-        self.running = [True] * len(prompts)
-        self.live = -1
-        self.next()
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self.prompts = prompts
+        self.texts = [""] * len(prompts)
+        self.ended = [False] * len(prompts)
+        self.live = 0
+        print(prompts[0], end="", flush=True)
 
-    def watch(self, tokens: list[int | None]) -> list[int]:
-        """Take in one step of `generate`; returns the rows that a stop string ends."""
-        for number, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            if token is None or token in self.stop_ids:
-                self.running[number] = False
-            elif text := row.feed(token):
-                self.show(number, text)
-        while self.live < len(self.rows) and not self.grows(self.live):
-            self.next()
-        return [number for number, row in enumerate(self.rows) if row.stopped]
-
-    def grows(self, number: int) -> bool:
-        return self.running[number] and not self.rows[number].stopped
-
-    def show(self, number: int, text: str) -> None:
-        if number == self.live:
+    def take(self, row: int, text: str, ended: bool) -> None:
+        """More of the text of a row."""
+        self.texts[row] += text
+        self.ended[row] |= ended
+        if row == self.live:
             print(text, end="", flush=True)
-
-    def next(self) -> None:
-        """End the live row and go to the one below, with all the text it has."""
-        if self.live >= 0:
-            print(self.rows[self.live].finish(), flush=True)
-        self.live += 1
-        if self.live < len(self.rows):
-            gap = "\n" if self.live else ""
-            row = self.rows[self.live]
-            print(f"{gap}{self.prompts[self.live]}{row.text}", end="", flush=True)
-
-    def finish(self) -> None:
-        while self.live < len(self.rows):
-            self.next()
-        sys.stdout.flush()
+        while self.live < len(self.prompts) and self.ended[self.live]:
+            print()
+            self.live += 1
+            if self.live < len(self.prompts):
+                print(f"\n{self.prompts[self.live]}{self.texts[self.live]}", end="")
+            sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Logits -> the next token: greedy, or drawn after temperature, top-k and top-p, in this order.
+"""Logits -> the next token of one text: the most probable, or drawn by a generator of its own.
 
 Logits are filtered and normalised in float32, whatever the model computes in.
 """
@@ -6,30 +6,86 @@ Logits are filtered and normalised in float32, whatever the model computes in.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ossature.sample.options import SamplingOptions
 
-def choose(
-    logits: Float[Tensor, "batch vocab"],
-    *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Int[Tensor, " batch"]:
-    """One token a row.
+
+class Sampler:
+    """Chooses the tokens of one text.  Nothing of other texts takes part in it.
 
     Args:
-        temperature: 0 takes the most probable token.
-        top_k: tokens that stay possible, the most probable ones; 0 keeps all.
-        top_p: probability that the tokens that stay possible reach together; 1 keeps all.
+        seed: of the draws.
     """
-    logits = logits.float()
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+    def __init__(
+        self, options: SamplingOptions, seed: int, prompt: list[int], vocab_size: int
+    ) -> None:
+        self.options = options
+        self.generator = torch.Generator().manual_seed(seed % 2**63)
+        self.penalises = options.repetition_penalty != 1 or options.presence_penalty != 0
+        self.plain = options.temperature == 0 and not self.penalises
+        """Whether the token is the most probable one, unless there is a constraint."""
+        if self.penalises:
+            self.said = torch.zeros(vocab_size, dtype=torch.bool)  # in the text
+            self.seen = self.said.index_fill(0, torch.tensor(prompt), True)  # there, in the prompt
+
+    def accept(self, token: int) -> None:
+        """The text goes on with this token."""
+        if self.penalises:
+            self.said[token] = self.seen[token] = True
+
+    def choose(
+        self, logits: Float[Tensor, " vocab"], allowed: Bool[Tensor, " vocab"] | None = None
+    ) -> int:
+        """The next token.
+
+        Args:
+            allowed: tokens that a constraint lets through.
+        """
+        options, logits = self.options, logits.float()
+        if self.penalises:
+            seen, said = self.seen.to(logits.device), self.said.to(logits.device)
+            logits = penalise(
+                logits, seen, said, options.repetition_penalty, options.presence_penalty
+            )
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+        if options.temperature == 0:
+            return int(logits.argmax())
+        logits = keep_top_k((logits / options.temperature)[None], options.top_k)
+        logits = keep_min_p(keep_top_p(logits, options.top_p), options.min_p)[0]
+        return draw(logits, float(torch.rand((), dtype=torch.float64, generator=self.generator)))
+
+
+def draw(logits: Float[Tensor, " vocab"], share: float) -> int:
+    """The token at which the probabilities, added up in order, first exceed a share of their sum.
+
+    Args:
+        share: uniform in [0, 1).
+    """
+    sums = logits.softmax(-1).double().cumsum(-1)
+    ends = torch.stack([share * sums[-1], sums[-1]])
+    # The second is the last possible token, should the first have been rounded up to the end.
+    place = torch.searchsorted(sums, ends[:1], right=True), torch.searchsorted(sums, ends[1:])
+    return min(int(place[0]), int(place[1]))
+
+
+def penalise(
+    logits: Float[Tensor, " vocab"],
+    seen: Bool[Tensor, " vocab"],
+    said: Bool[Tensor, " vocab"],
+    repetition: float,
+    presence: float,
+) -> Float[Tensor, " vocab"]:
+    """Less for tokens that were seen, by a factor, and for those that were said, by a difference.
+
+    Source: arXiv 1909.05858, section 4.1, as transformers has it for negative logits; OpenAI's
+    API reference.
+    """
+    lower = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return torch.where(seen, lower, logits) - presence * said
 
 
 def keep_top_k(logits: Float[Tensor, "batch vocab"], top_k: int) -> Float[Tensor, "batch vocab"]:
@@ -55,11 +111,11 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError for numbers that describe no distribution."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature ({temperature}) must be 0 or more; 0 is greedy")
-    if top_k < 0:
-        raise ValueError(f"top_k ({top_k}) must be 0 or more; 0 keeps every token")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p ({top_p}) must be between 0 and 1; 1 keeps every token")
+def keep_min_p(logits: Float[Tensor, "batch vocab"], min_p: float) -> Float[Tensor, "batch vocab"]:
+    """-inf for tokens less probable than `min_p` times the most probable one (arXiv 2407.01082)."""
+    if min_p == 0:
+        return logits
+    probability = logits.softmax(dim=-1)
+    return logits.masked_fill(
+        probability < min_p * probability.max(dim=-1, keepdim=True).values, -torch.inf
+    )

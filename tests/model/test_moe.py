@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ossature.kernels.experts import sort_by_expert
+from ossature.kernels.experts import few_experts, sort_by_expert
 from ossature.model.config import ModelConfig
-from ossature.model.moe import Experts, MoE, Router, RouterLog, swiglu
+from ossature.model.moe import Experts, MoE, Router, RouterLog, eager_experts, swiglu
 from ossature.train.loss import router_loss
 
 CONFIG = ModelConfig(
@@ -246,3 +246,34 @@ def test_no_expert_weight_is_copied_per_token():
         experts(x, chosen, weights).square().sum().backward()
 
     assert max(sizes) <= 64 * 3 * 24  # rows x hidden
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 40])
+@torch.no_grad()
+def test_few_tokens_find_what_the_eager_form_finds(tokens: int):
+    x, chosen, weights, matrices = few_case(tokens)
+
+    found = few_experts(x, chosen, weights, *matrices, 1.702, 7.0)
+
+    expected = eager_experts(x, chosen, weights, *matrices, 1.702, 7.0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_token_among_few_finds_the_same_bits_whatever_the_others():
+    x, chosen, weights, matrices = few_case(40)
+    together = few_experts(x, chosen, weights, *matrices, 1.702, 7.0)
+    for n in (0, 17, 39):
+        one = slice(n, n + 1)
+        found = few_experts(x[one], chosen[one], weights[one], *matrices, 1.702, 7.0)
+        assert torch.equal(found, together[one])
+
+
+def few_case(tokens: int):
+    """Tokens, their experts of 8 and the weights, and the experts' matrices, past the limits."""
+    draw = torch.Generator().manual_seed(1)
+    shapes = (8, 96, 64), (8, 96), (8, 64, 48), (8, 64)
+    matrices = [torch.randn(shape, generator=draw) for shape in shapes]
+    chosen = torch.rand(tokens, 8, generator=draw).argsort(-1)[:, :3]
+    weights = torch.rand(tokens, 3, generator=draw).softmax(-1)
+    return torch.randn(tokens, 64, generator=draw), chosen, weights, matrices

@@ -1,5 +1,7 @@
 """`ossature sample` from the outside, on a tiny model with a tokenizer of bytes."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,10 @@ def test_a_stop_string_ends_the_text(folder: Path, capsys: pytest.CaptureFixture
         (["--prompt", ""], "empty --prompt"),
         (["--prompt", "a", "--top-p", "2"], "top_p (2.0) must be between 0 and 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature (-1.0) must be 0 or more"),
-        (["--prompt", "a", "--max-new-tokens", "-1"], "max_new_tokens (-1) must be 0 or more"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens (0) must be 1 or more"),
+        (["--prompt", "a", "--batch", "0"], "batch (0) must be 1 or more"),
+        (["--prompt", "a", "--regex", "a", "--json-schema", "b"], "exclude each other"),
+        (["--prompt", "a", "--regex", "("], "not a regex that can be followed"),
         (["--promt", "a"], "did you mean prompt"),
     ],
 )
@@ -136,15 +141,57 @@ def test_the_first_unfinished_row_is_shown_live(capsys: pytest.CaptureFixture[st
     def shown() -> str:
         return capsys.readouterr().out
 
-    printer = Printer(["A:", "B:", "C:"], lambda ids: bytes(ids).decode(), stop_ids={0})
+    printer = Printer(["A:", "B:", "C:"])
     assert shown() == "A:"
-    printer.watch([*b"ax1"])
+    for row, text in enumerate("ax1"):
+        printer.take(row, text, ended=False)
     assert shown() == "a"
-    printer.watch([ord("b"), 0, ord("2")])
+    printer.take(0, "b", ended=False)
+    printer.take(1, "y", ended=True)
+    printer.take(2, "2", ended=False)
     assert shown() == "b"
-    printer.watch([0, None, ord("3")])
-    assert shown() == "\n\nB:x\n\nC:123"
-    printer.watch([None, None, ord("4")])
-    assert shown() == "4"
-    printer.finish()
-    assert shown() == "\n"
+    printer.take(0, "", ended=True)
+    printer.take(2, "3", ended=False)
+    assert shown() == "\n\nB:xy\n\nC:123"
+    printer.take(2, "4", ended=True)
+    assert shown() == "4\n"
+
+
+def test_a_regular_expression_holds_for_every_text(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("llguidance")
+    words = ["--prompt", "a", "bb", "--regex", "[0-9]{3}-(yes|no)", "--temperature", "1.5"]
+
+    assert main(["sample", str(folder), *words]) == 0
+
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert re.fullmatch("a[0-9]{3}-(yes|no)", first)
+    assert re.fullmatch("bb[0-9]{3}-(yes|no)\n", second)
+
+
+def test_a_json_schema_is_read_from_a_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text(json.dumps({"enum": ["left", "right"]}))
+    words = ["--prompt", "go ", "--json-schema", str(tmp_path / "schema.json")]
+
+    assert main(["sample", str(folder), *words]) == 0
+    assert capsys.readouterr().out in ('go "left"\n', 'go "right"\n')
+
+    assert main(["sample", str(folder), *words[:3], str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_what_each_prompt_says_does_not_depend_on_how_many_run_at_a_time(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["--prompt", "one", "two two", "three", "--max-new-tokens", "9", "--top-p", "0.9"]
+    words += ["--min-p", "0.01", "--repetition-penalty", "1.2", "--presence-penalty", "0.5"]
+    shown = []
+    for batch in ("1", "2", "8"):
+        assert main(["sample", str(folder), *words, "--batch", batch]) == 0
+        shown.append(capsys.readouterr().out)
+
+    assert shown[0] == shown[1] == shown[2]

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from ossature.model.attention import attend
-from ossature.model.cache import Cache, LayerCache, attend_kept
 from ossature.model.config import ModelConfig
 from ossature.model.transformer import Transformer
-from ossature.sample.generate import batch_of, generate
+from ossature.sample.generate import generate
 from tests.golden import golden
 from tests.tiny import SHAPES, hugging_face_model, ours, random_tokens
 
@@ -63,32 +61,6 @@ def test_cached_text_is_recomputed_text_past_the_window(forms: dict[str, str], p
     assert torch.equal(generate(model, tokens, 2 * WINDOW + 3), expected)
 
 
-def test_cached_logits_are_recomputed_logits():
-    model = tiny_model()
-    tokens = random_tokens(2, 4 * WINDOW, 96)
-    full = model(tokens)
-    cache = Cache(model.config, room=tokens.shape[1])
-
-    cached = [model(tokens[:, :3], cache=cache)]
-    cached += [model(tokens[:, place : place + 1], cache=cache) for place in range(3, 4 * WINDOW)]
-
-    torch.testing.assert_close(torch.cat(cached, dim=1), full[:, 2:], atol=2e-5, rtol=1e-5)
-
-
-def test_a_cached_row_goes_on_with_its_last_document_and_its_positions():
-    model = tiny_model()
-    tokens = random_tokens(1, 12, 96)
-    document = torch.tensor([[0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4]])
-    position = torch.tensor([[0, 1, 2, 3, 100, 101, 102, 103, 104, 105, 106, 107]])
-    cache = Cache(model.config, room=12)
-
-    model(tokens[:, :6], document=document[:, :6], position=position[:, :6], cache=cache)
-    cached = [model(tokens[:, place : place + 1], cache=cache) for place in range(6, 12)]
-
-    full = model(tokens, document=document, position=position)[:, 6:]
-    torch.testing.assert_close(torch.cat(cached, dim=1), full, atol=2e-5, rtol=1e-5)
-
-
 def test_prompts_of_unequal_lengths_say_what_each_says_alone():
     model = tiny_model()
     prompts = [[5, 6, 7], list(range(10, 10 + 3 * WINDOW)), [4]]
@@ -99,13 +71,6 @@ def test_prompts_of_unequal_lengths_say_what_each_says_alone():
         padding = 3 * WINDOW - len(prompt)
         assert row[:padding].eq(9).all()
         assert torch.equal(row[padding:], generate(model, [prompt], 2 * WINDOW)[0])
-
-
-def test_padding_in_front_belongs_to_no_document():
-    tokens, document = batch_of([[5, 6, 7], [8]], pad_id=9)
-
-    assert tokens.tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert document.tolist() == [[0, 0, 0], [-1, -1, 0]]
 
 
 def test_without_stop_ids_exactly_max_new_tokens_are_added():
@@ -182,80 +147,15 @@ def test_no_gradient_is_recorded_and_inference_mode_is_fine():
     model(tokens).sum().backward()  # no inference tensor was left in the model
 
 
-def test_the_watcher_sees_every_token_and_may_end_rows():
-    model, tokens = tiny_model(), random_tokens(2, 4, 96)
-    free = generate(model, tokens, 6)
-    seen: list[list[int | None]] = []
-
-    def watch(new: list[int | None]) -> list[int]:
-        seen.append(new)
-        return [1] if len(seen) == 2 else []
-
-    out = generate(model, tokens, 6, watch=watch, pad_id=-1)
-
-    assert [row[0] for row in seen] == free[0, 4:].tolist()
-    assert [row[1] for row in seen] == [*free[1, 4:6].tolist(), None, None, None, None]
-    assert out[1, 6:].tolist() == [-1, -1, -1, -1]
-
-
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
         ([[1, 2], []], "prompt 1 is empty"),
         ([], "no prompt"),
         ([[96]], "token 96 is not in the model's vocabulary of 96"),
-        (torch.zeros(2, 0, dtype=torch.int64), "empty prompt"),
+        (torch.zeros(2, 0, dtype=torch.int64), "prompt 0 is empty"),
     ],
 )
 def test_prompts_that_cannot_be_continued_are_refused(prompt, words: str):
     with pytest.raises(ValueError, match=words):
         generate(tiny_model(), prompt)
-
-
-def test_a_ring_keeps_the_newest_tokens_and_no_more():
-    ring = LayerCache(slots=3)
-    tokens = torch.arange(1.0, 9.0).view(1, 8, 1, 1)
-
-    ring.extend(tokens[:, :5], tokens[:, :5])
-    keys, _ = ring.extend(tokens[:, 5:6], tokens[:, 5:6])
-
-    assert sorted(keys.flatten().tolist()) == [4, 5, 6]
-    assert ring.extend(tokens[:, 6:7], tokens[:, 6:7])[0].shape == (1, 3, 1, 1)
-
-
-def test_sliding_layers_hold_a_window_and_full_layers_the_row():
-    model = tiny_model()
-    cache = Cache(model.config, room=50)
-    model(random_tokens(2, 40, 96), cache=cache)
-
-    assert [layer._keys.shape[1] for layer in cache.layers] == [WINDOW, 50, WINDOW, 50]
-
-
-def test_a_full_cache_says_so():
-    model = tiny_model()
-    cache = Cache(model.config, room=4)
-    model(random_tokens(1, 4, 96), cache=cache)
-
-    with pytest.raises(ValueError, match="room for 4 tokens"):
-        model(random_tokens(1, 1, 96), cache=cache)
-
-
-def test_a_cache_in_use_takes_one_token_at_a_time():
-    model = tiny_model()
-    cache = Cache(model.config, room=9)
-    model(random_tokens(1, 4, 96), cache=cache)
-
-    with pytest.raises(ValueError, match="one token a row"):
-        model(random_tokens(1, 2, 96), cache=cache)
-
-
-def test_attention_to_kept_keys_is_attention():
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 1, 6, 16, generator=generator)
-    k, v = torch.randn(2, 2, 9, 2, 16, generator=generator)
-    sinks = torch.randn(6, generator=generator)
-    mask = torch.rand(2, 1, 9, generator=generator) > 0.4
-
-    expected = attend(q, k, v, sinks=sinks, mask=mask)
-
-    torch.testing.assert_close(attend_kept(q, k, v, sinks=sinks, mask=mask), expected)
