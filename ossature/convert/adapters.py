@@ -20,7 +20,7 @@ tests/convert/test_adapters.py loads what is written with peft, and reads what p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,10 +294,15 @@ def _expert_targets(named: Any, both: bool, path: Path) -> list[str]:
     return found
 
 
-def write_peft(adapter: Adapter, config: ModelConfig, folder: Path) -> list[str]:
+def write_peft(
+    adapter: Adapter, config: ModelConfig, folder: Path, files: Mapping[str, str] | None = None
+) -> list[str]:
     """A folder that `peft.PeftModel.from_pretrained` loads onto transformers' GptOss.
 
     Returns what a server may refuse, in sentences.
+
+    Args:
+        files: name and text of what goes beside: PEFT looks at none of it.
 
     Raises:
         ValueError: PEFT itself refuses such adapters.
@@ -341,7 +346,9 @@ def write_peft(adapter: Adapter, config: ModelConfig, folder: Path) -> list[str]
         tensors[key] = tensor.contiguous()
     with new_folder(folder, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         save_file(tensors, partial / FILE, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        texts = {CONFIG: json.dumps(settings, indent=2) + "\n", **(files or {})}
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
     return list(servers(lora))
 
 

@@ -110,6 +110,7 @@ def convert(argv: list[str]) -> int:
 
 def write_adapter(options: ConvertOptions) -> int:
     from ossature.convert.adapters import is_adapter_folder, open_adapter, write_peft
+    from ossature.convert.base import BASE, read_base
     from ossature.convert.config import read_config
     from ossature.convert.folder import resolve
 
@@ -118,7 +119,9 @@ def write_adapter(options: ConvertOptions) -> int:
         raise ValueError(f"{folder}: holds no adapter: not a run with lora.rank")
     config = read_config(folder / "config.json")
     adapter = open_adapter(folder, config)
-    for line in write_peft(adapter, config, options.output):
+    base = read_base(folder)
+    extra = {} if base is None else {BASE: base.text()}
+    for line in write_peft(adapter, config, options.output, extra):
         print(line)
     print(f"{options.output}: adapters on {', '.join(adapter.lora.targets)} of {adapter.base}")
     return 0

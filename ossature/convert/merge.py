@@ -15,7 +15,8 @@ from ossature.checkpoint.safetensors import Spec
 from ossature.convert.adapters import ENDS, Adapter, parameter
 from ossature.convert.layout import Format
 from ossature.convert.source import Source
-from ossature.convert.transfer import jobs
+from ossature.convert.transfer import is_packed, jobs
+from ossature.kernels.mxfp4 import dequantize, quantize
 
 
 class MergedSource:
@@ -145,13 +146,21 @@ class Effect(NamedTuple):
 
 
 def effects(merged: MergedSource, written: Source) -> Iterator[tuple[str, int, Effect]]:
-    """Of every piece of every weight that the adapter touches: name, bytes read, effect."""
+    """Of every piece of every weight that the adapter touches: name, bytes read, effect.
+
+    What was written in MXFP4 is compared with the base in MXFP4: what rounding does to the base
+    alone is no effect of the adapter.
+    """
     for name, start, stop in jobs(merged.base):
         if not merged.touches(name):
             continue
         before = merged.base.read(name, start, stop)
         asked = merged.change(name, before, start)
-        found = written.read(name, start, stop).float() - before.float()
+        if is_packed(written, name) and not is_packed(merged.base, name):
+            without = dequantize(*quantize(before))
+        else:
+            without = before
+        found = written.read(name, start, stop).float() - without.float()
         sums = Effect()
         for a, f in zip(asked, found, strict=True):  # an expert, or a row, at a time
             a, f = a.double(), f.double()

@@ -28,6 +28,7 @@ class MergeOptions:
     to: Literal["bf16", "mxfp4"] = "bf16"
     """Both are for transformers and vLLM.  Of an adapter on experts, 4 bits keep only a part."""
     max_shard_size: str = "5GB"
+    """A new file begins where a tensor would take one beyond this: 5GB, 500MB, 4.5GiB."""
 
 
 def merge(argv: list[str]) -> int:
@@ -37,8 +38,8 @@ def merge(argv: list[str]) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ossature.convert import folder as folders
-    from ossature.convert.adapters import is_adapter_folder, open_adapter, target_of
-    from ossature.convert.base import identity, read_base
+    from ossature.convert.adapters import CONFIG, is_adapter_folder, open_adapter, target_of
+    from ossature.convert.base import BASE, identity, read_base
     from ossature.convert.command import describe, size_bytes
     from ossature.convert.destination import check_free
     from ossature.convert.merge import Effect, MergedSource, effects
@@ -52,7 +53,15 @@ def merge(argv: list[str]) -> int:
         raise ValueError(f"{folder}: holds no adapter: neither PEFT's nor a run's with lora.rank")
     adapter = open_adapter(folder, base.config)
     trained_on = read_base(folder)
-    if trained_on is not None and trained_on.identity != identity(options.base):
+    if trained_on is None and not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder}: lacks {BASE}, which says what its adapter was trained on")
+    if trained_on is None:
+        print(
+            f"{folder}: PEFT's format does not say which weights the adapter was trained on, but "
+            f"for a name ({adapter.base or 'none'}): that those in {base.folder} are them is not "
+            "checked"
+        )
+    elif trained_on.identity != identity(options.base):
         print(
             f"warning: {adapter.folder}: the adapter was trained on "
             f"{trained_on.folder or 'random weights'}, and the weights in {base.folder} are others"

@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,13 +18,13 @@ from ossature.cli import main
 from ossature.config import LORA_TARGETS, LoraConfig
 from ossature.convert import adapters
 from ossature.convert.base import BASE, base_of
-from ossature.convert.folder import open_source
+from ossature.convert.folder import open_source, write_folder
 from ossature.convert.merge import Effect, MergedSource, effects
 from ossature.convert.model import load_adapter, load_model
 from ossature.convert.names import UnknownTensor
 from ossature.model.lora import merged_weights
 from tests.convert.folders import convert, loaded_by_transformers, theirs, weights
-from tests.golden import golden
+from tests.golden import ROOT, golden
 from tests.tiny import random_tokens
 
 TOKENS = random_tokens(2, 24, 96)
@@ -286,6 +289,103 @@ def test_the_share_of_an_effect_is_a_projection(bf16, tmp_path):
             whole = whole.plus(effect)
         assert whole.share == pytest.approx(part, abs=1e-5)
         assert whole.error == pytest.approx(1 - part, abs=1e-5)
+
+
+def effect_on(merged: MergedSource, written: Path, target: str) -> Effect:
+    whole = Effect()
+    for name, _, effect in effects(merged, open_source(written)):
+        if adapters.target_of(name) == target:
+            whole = whole.plus(effect)
+    return whole
+
+
+def test_what_rounding_does_to_the_base_is_no_effect_of_the_adapter(bf16, tmp_path):
+    """A base in bfloat16: an adapter of nothing has no error, and one of a little has a little.
+
+    The base's own rounding is some thousand times what this adapter asks for.
+    """
+    lora = LoraConfig(rank=4, alpha=8.0, targets=("down",))
+    adapter = ours_adapted(bf16, lora)
+    base = open_source(bf16)
+    for strength in (0.0, 0.003):
+        weak = adapters.Adapter(
+            adapter.folder, lora, "", adapter.shapes,
+            lambda name, s=strength: adapter.read(name) * (s if name.endswith("lora_b") else 1.0),
+        )  # fmt: skip
+        merged = MergedSource(base, weak)
+        out = tmp_path / str(strength)
+        write_folder(merged, out, "mxfp4")
+        found = effect_on(merged, out, "down")
+        rounding = sum(
+            (open_source(out).read(n).double() - base.read(n).double()).square().sum().item()
+            for n in base.names()
+            if merged.touches(n)
+        )
+        if not strength:
+            assert found == Effect(0.0, 0.0, 0.0)
+        else:
+            assert 0 < found.missed < rounding / 5
+
+
+def test_an_adapter_without_its_base_written_down_is_not_merged_in_silence(bf16, tmp_path, capsys):
+    adapter = ours_adapted(bf16, LoraConfig(rank=2, targets=("q_proj",)))
+    put_on(load_model(bf16), adapter, tmp_path)
+    native = tmp_path / "native"
+    shutil.copy(bf16 / "config.json", native)
+    assert main(["merge", str(bf16), str(native), str(tmp_path / "no")]) == 2
+    assert f"{native}: lacks base.json" in capsys.readouterr().err
+    (native / BASE).write_text(base_of(adapter.lora, bf16, seed=0).text())
+    peft = tmp_path / "peft"
+    assert main(["convert", str(native), str(peft), "--to", "peft"]) == 0
+    capsys.readouterr()
+    assert main(["merge", str(bf16), str(peft), str(tmp_path / "yes")]) == 0
+    said = capsys.readouterr().out
+    assert "not checked" not in said and "warning" not in said
+    assert main(["merge", str(tmp_path / "yes"), str(peft), str(tmp_path / "twice")]) == 0
+    assert "warning" in capsys.readouterr().out
+    (peft / BASE).unlink()
+    assert main(["merge", str(bf16), str(peft), str(tmp_path / "told")]) == 0
+    assert "trained on, but for a name (a/base): that those in" in capsys.readouterr().out
+
+
+SLOW = """
+import sys, time
+from ossature import cli
+from ossature.checkpoint.safetensors import Writer
+write = Writer.write
+def slow(self, *arguments):
+    write(self, *arguments)
+    print("written", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+Writer.write = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_merge_that_is_ended_midway_leaves_nothing(bf16, tmp_path):
+    folder, out = saved_adapter(bf16, tmp_path, PEFT["experts"]), tmp_path / "out"
+    words = ["merge", bf16, folder, out, "--to", "mxfp4"]
+    command = [sys.executable, "-c", SLOW, *map(str, words)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    with process:
+        while "written" not in process.stderr.readline():
+            assert process.poll() is None
+        assert (tmp_path / f"out.partial-{process.pid}").is_dir() and not out.exists()
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=20)
+    assert process.returncode == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_files_of_a_size_are_refused_where_there_is_one_file(bf16, tmp_path, capsys):
+    adapter = ours_adapted(bf16, LoraConfig(rank=2, targets=("q_proj",)))
+    put_on(load_model(bf16), adapter, tmp_path)
+    words = ["convert", str(tmp_path / "native"), str(tmp_path / "out"), "--to", "peft"]
+    assert main([*words, "--max-shard-size", "1MB"]) == 2
+    assert "max_shard_size: --to peft has no files of a given size" in capsys.readouterr().err
+    assert main(["merge", str(bf16), "x", str(tmp_path / "out"), "--max-shard-size", "0GB"]) == 2
+    assert "max_shard_size: '0GB' holds no tensor" in capsys.readouterr().err
 
 
 def spoil_config(folder: Path, **changes) -> None:

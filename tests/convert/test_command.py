@@ -72,6 +72,12 @@ def test_other_sizes_are_refused(text: str):
         size_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["0", "0GB", "0.1"])
+def test_a_size_of_nothing_is_refused(text: str):
+    with pytest.raises(ValueError, match="holds no tensor; it must be at least 1 byte"):
+        size_bytes(text)
+
+
 def test_verify_is_content_with_the_same_weights_in_any_format(
     mxfp4: Path, openai: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
