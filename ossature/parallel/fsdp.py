@@ -32,6 +32,7 @@ from torch.distributed.tensor import Shard
 from ossature.config import ParallelConfig, TrainConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel.gradients import local
+from ossature.parallel.masters import MastersModule
 from ossature.parallel.mesh import dense_view, fsdp_mesh
 from ossature.parallel.stages import Stage
 
@@ -102,6 +103,11 @@ def shard(
     _prefetch(group(model, where), in_order, axes.prefetch_blocks)
 
 
+def alone(ranks: int, config: TrainConfig) -> bool:
+    """Whether one rank has it all, in fp32, on its device: `keep_masters` then does."""
+    return ranks == 1 and config.optim.weights == "fp32" and not config.parallel.cpu_offload
+
+
 def _prefetch(root: FSDPModule, in_order: list[list[FSDPModule]], blocks: int) -> None:
     """Gather weights ahead by so many blocks: forward from the root on, backward from the last."""
     if not blocks:
@@ -154,6 +160,8 @@ def release(model: nn.Module) -> None:
     """
     for module in sharded(model):
         module.reshard()
+    if isinstance(model, MastersModule):
+        model.use_masters()
 
 
 def reduce_gradients_now(model: nn.Module, last: bool, axes: ParallelConfig) -> None:
@@ -161,7 +169,7 @@ def reduce_gradients_now(model: nn.Module, last: bool, axes: ParallelConfig) -> 
 
     The last one does; until then gradients add up where they are.
     """
-    if not isinstance(model, FSDPModule):  # one rank that steps its weights during backward
+    if not isinstance(model, FSDPModule):  # one rank, with nothing to reduce
         return
     model.set_requires_gradient_sync(last or axes.reduce_every_micro_batch)
     model.set_requires_all_reduce(last)

@@ -1,6 +1,7 @@
 """What FSDP takes and gives back around the blocks of a step: gathered weights, reduced gradients.
 
-Followed from torch/distributed/fsdp/_fully_shard of torch 2.13.
+Followed from torch/distributed/fsdp/_fully_shard of torch 2.13.  One rank alone does without: see
+`ossature.parallel.masters`.
 """
 
 from __future__ import annotations
@@ -126,3 +127,23 @@ class Sharding:
             self.reduce(stage, group)
         self.m.give(BUFFERS, stage.reducing)
         stage.reducing = 0.0
+
+
+class Masters(Sharding):
+    """One rank alone: copies of what is kept in another dtype, there from the first step on."""
+
+    def gather(self, stage: Stage, group: Group, forward: bool = False) -> None:
+        if group.is_whole:
+            return
+        for each in stage.groups:
+            each.is_whole = True
+            self.m.take(GATHERED, each.sent)
+
+    def drop(self, group: Group) -> None:
+        pass
+
+    def after(self, stage: Stage, group: Group, reduces: bool) -> None:
+        self.m.give(GRADIENTS, group.gradients)
+        if not group.has_shards:
+            self.m.take(SHARDS, group.shards)
+        group.has_shards = True

@@ -10,13 +10,15 @@ What stages hold is followed from torch/distributed/pipelining of torch 2.13.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ossature.config import TrainConfig
 from ossature.model.transformer import Transformer
 from ossature.parallel import activations as parts
 from ossature.parallel import ends
-from ossature.parallel.gathering import BUFFERS, Sharding
+from ossature.parallel.fsdp import alone
+from ossature.parallel.gathering import BUFFERS, Masters, Sharding
 from ossature.parallel.orders import Action, actions
 from ossature.parallel.pipeline import splits_backward
 from ossature.parallel.shards import Group, Stage, StateBytes, Weight, divided
@@ -65,7 +67,8 @@ class Walk:
             n: Stage(weights, layers[n], n == 0, n == count - 1, config, fsdp)
             for n in (stages_of(rank, axes) if axes.pp > 1 else [0])
         }
-        self.fsdp = Sharding(self.m, axes, self.on_host)
+        kind = Masters if alone(math.prod(axis_sizes.values()), config) else Sharding
+        self.fsdp = kind(self.m, axes, self.on_host)
         self.rank = rank
         data_ranks = axis_sizes["dp_replicate"] * axis_sizes["dp_shard"]
         self.micro_batches = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)

@@ -9,7 +9,8 @@ from ossature.model.transformer import Transformer
 from ossature.parallel.context import split_sequences
 from ossature.parallel.expert import split_experts
 from ossature.parallel.float8 import use_float8
-from ossature.parallel.fsdp import COMPUTE_DTYPE, shard
+from ossature.parallel.fsdp import COMPUTE_DTYPE, alone, shard
+from ossature.parallel.masters import keep_masters
 from ossature.parallel.mesh import dense_view, expert_view
 from ossature.parallel.packed import store_as_numbers, use_as_bytes
 from ossature.parallel.pipeline import Pipeline
@@ -51,6 +52,9 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
             block.compile()
     if config.optim.in_backward:
         return None  # one rank whose weights are what is computed with: nothing to gather or cast
+    if alone(mesh.size(), config):
+        keep_masters(model, COMPUTE_DTYPE[config.precision])
+        return None
     for root in (model,) if pipeline is None else pipeline.stages.values():
         shard(root, mesh, config, experts)
     return pipeline

@@ -172,3 +172,15 @@ def test_plans_of_many_layouts_are_within_ten_percent(world):
     found = errors(world, configs)
 
     assert max(map(abs, found)) < 0.1, found
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"precision": "bf16"},
+    {"precision": "bf16", "recompute": "full", "global_batch_tokens": 512},
+    {"precision": "bf16", "optim__weights": "bf16", "optim__states": "bf16"},
+])  # fmt: skip
+def test_one_rank_has_no_buffers_of_collectives(changes):
+    """fp32 masters are what is computed with, or have copies in bf16 that stay."""
+    (error,) = errors(1, [run_of({}, **changes)])
+    assert abs(error) < 0.08, f"{error:+.1%}"

@@ -122,7 +122,8 @@ def test_offloaded_activations_give_gradients_that_are_bit_equal(mode, monkeypat
     hidden = (4, 32, TINY.hidden_size)
     blocks = TINY.num_hidden_layers
     if mode == "full":
-        wide = [tensor for tensor in moved if tensor.is_floating_point() and tensor.requires_grad]
+        # torch 2.11 keeps an empty tensor beside the input.
+        wide = [t for t in moved if t.is_floating_point() and t.requires_grad and t.numel()]
         assert [tuple(tensor.shape) for tensor in wide] == [hidden] * blocks
     else:
         assert sum(tuple(tensor.shape) == hidden for tensor in moved) >= 2 * blocks
