@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -85,10 +86,26 @@ def _document(row: Row, number: int, tokenizer: Tokenizer) -> Document:
     places = np.flatnonzero(row.document == number)
     tokens, mask = row.tokens[places].tolist(), row.loss_mask[places].tolist()
     spans = [
-        Span(tokenizer.decode([token for token, _ in group]), learnt)
+        Span(visible(tokenizer.decode([token for token, _ in group])), learnt)
         for learnt, group in groupby(zip(tokens, mask, strict=True), key=lambda pair: pair[1])
     ]
     return Document(len(tokens), sum(mask), spans)
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey, or not show, spelled out: \\x1b, \\u202e.
+
+    Line ends and tabs are as they are.  Text is written by others, and a terminal that is told to
+    move back shows something else than what is learnt.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def _borders(shown: Shown) -> Iterator[tuple[str, Document]]:

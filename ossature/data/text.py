@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -27,7 +28,8 @@ def read_text(path: str) -> str:
 class Lines:
     """The lines of a JSONL file that begin at a byte in start .. stop - 1; 0 to 0 is all.
 
-    Lines of nothing but white space are left out, and counted.
+    Lines of nothing but white space are left out, and counted.  A byte order mark at the start of
+    the file, as some editors on Windows put it, is no part of the first line.
     """
 
     def __init__(self, path: str, start: int = 0, stop: int = 0) -> None:
@@ -47,8 +49,9 @@ class Lines:
                 if not line:
                     return
                 self._count += 1
-                if not line.isspace():
-                    yield line
+                text = line if place else line.removeprefix(codecs.BOM_UTF8)
+                if text and not text.isspace():
+                    yield text
                 place += len(line)
 
     def number(self) -> int:

@@ -288,6 +288,28 @@ def test_bad_records_are_skipped_up_to_a_bound_named_and_counted(tokenizer, tmp_
     assert not (tmp_path / "none").exists() and not (tmp_path / "few").exists()
 
 
+def test_a_byte_order_mark_loses_no_record_and_hides_no_bad_one(tokenizer, tmp_path):
+    """At the start of a file it is nothing; a line of one elsewhere is a bad record."""
+    good = [json.dumps(record) for record in conversations(3)]
+    given = ("--tokenizer", tokenizer, "--seq-len", SEQ, "--workers", 1, "--split", "1")
+    wanted = [rendered(json.loads(line), tokenizer) for line in good]
+    for name, text in {
+        "first": "\ufeff" + "\n".join(good),
+        "alone": "\ufeff\n" + "\n".join(good),
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text(text, "utf-8")
+        data_chat(tmp_path / f"{name}.jsonl", "--output", tmp_path / name, *given)
+        assert read(tmp_path / name) == wanted
+        assert manifest(tmp_path / name)["chat"]["bad"] == []
+    source = tmp_path / "between.jsonl"
+    source.write_text("\n".join([good[0], "\ufeff", *good[1:]]), "utf-8")
+    with pytest.raises(ValueError, match=r"between\.jsonl: line 2: not JSON"):
+        data_chat(source, "--output", tmp_path / "none", *given)
+    data_chat(source, "--output", tmp_path / "all", *given, "--skip-bad", 1)
+    assert read(tmp_path / "all") == wanted
+    assert len(manifest(tmp_path / "all")["chat"]["bad"]) == 1
+
+
 def test_the_bound_of_bad_records_is_over_all_parts(tokenizer, tmp_path):
     for n in range(3):
         records = [*conversations(3, seed=n), {"messages": []}]

@@ -53,6 +53,23 @@ def test_learnt_text_stands_in_brackets_and_borders_are_marked(folder, capsys):
     assert end + f"{numbers['learnt_tokens']} learnt" in out
 
 
+def test_what_a_terminal_would_obey_is_spelled_out(folder, tmp_path, capsys):
+    """A text that clears the line, turns the direction of writing, or hides: none of it happens."""
+    hostile = "a\x1b[2K\rb\x9b1A\u202ec\ufeff\x07d\u3000e\tf\ng"
+    record = {
+        "messages": [{"role": "user", "content": hostile}, {"role": "assistant", "content": "\x08"}]
+    }
+    source = write_records(tmp_path / "in.jsonl", [record])
+    words = ("--tokenizer", folder, "--seq-len", 512, "--split", "1", "--workers", 1)
+    data_chat(source, "--output", tmp_path / "data", *words)
+    out = shown(capsys, tmp_path / "data")
+    assert r"a\x1b[2K\rb\x9b1A\u202ec\ufeff\x07d" + "\u3000e\tf\ng<|end|>" in out
+    assert r"<|message|>\x08<|return|>⟧" in out
+    assert not set(out) & set("\x1b\r\x9b\u202e\ufeff\x07\x08")
+    shown(capsys, tmp_path / "data", "--svg", tmp_path / "row.svg")
+    ElementTree.parse(tmp_path / "row.svg")  # a control character is no XML
+
+
 def test_a_row_of_text_is_shown_as_training_cuts_it(folder, tmp_path, capsys):
     """Documents of 5 and 9 tokens in rows of 8: the second is cut, and its first token is read."""
     write_documents(tmp_path / "text", [[65, 66, 67, 68, 69], [70] * 9])
