@@ -74,6 +74,8 @@ FAST = [
     "ATT-6, DATA-3: documents see each other",
     "ATT-18: keys in the order of the ranks",
 ]
+if not pipeline.SPLITS_BACKWARD:  # before torch 2.13 it ends in an error, which nobody could ship
+    del FAULTS[FAST.pop(2)]
 
 
 def plant(fault: str, patch: pytest.MonkeyPatch):
