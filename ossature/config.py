@@ -260,7 +260,7 @@ class TrainConfig:
     """Keep what a block keeps for its backward in the memory of the host, but for its weights: with
     recompute full only its input."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile each block; with recompute selective, only where tp, ep, etp and cp are 1."""
     deterministic: bool = False
     """Only deterministic kernels; an operation without one raises."""
     gc_every_steps: int = 100
@@ -323,6 +323,15 @@ class TrainConfig:
                 "offload_activations (True) must be false with compile: a compiled block decides "
                 "itself what it keeps"
             )
+        axes = self.parallel
+        splits = {"tp": axes.tp, "ep": axes.ep, "etp": axes.etp, "cp": axes.cp}
+        for axis, ranks in splits.items():
+            if self.compile and self.recompute == "selective" and ranks > 1:
+                raise ValueError(
+                    f"recompute (selective) must be none or full with compile and parallel.{axis} "
+                    f"({ranks}): ranks exchange data inside of a block, where its graph ends, and "
+                    "torch compiles no part of such a block"
+                )
         if self.parallel.reduce_every_micro_batch and self.parallel.pp > 1:
             raise ValueError(
                 f"parallel.reduce_every_micro_batch (True) must be false with parallel.pp "

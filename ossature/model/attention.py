@@ -70,6 +70,13 @@ class Attention(nn.Module):
             heads = layout.attend(q, k, v, sinks=self.sinks(), window=self.window)
         return self.o_proj(heads.flatten(-2))
 
+    def prepare(self, layout: Layout, dtype: torch.dtype) -> None:
+        """Let the layout make what this layer asks of it; see `Layout.prepare`."""
+        if self.form == "eager":
+            layout.mask(self.window)
+        else:
+            layout.prepare(self.window, dtype)
+
 
 def attend(
     q: Float[Tensor, "batch seq heads head_dim"],
@@ -139,7 +146,7 @@ class Layout:
     """Which tokens of a batch may see which: made once a forward pass, shared by all layers.
 
     A document is a run of equal ids in a row; the same id after another one is a new document.
-    Each attention form takes what it needs, computed at its first use.
+    Each attention form takes what it needs, computed once.
     """
 
     def __init__(self, document: Int[Tensor, "batch seq"]) -> None:
@@ -148,7 +155,15 @@ class Layout:
         self.starts = starts
         self.run = starts.flatten().cumsum(0).view(document.shape) - 1
         self._kept: dict[tuple, Any] = {}
-        self._bounds: Tensor | None = None
+        if document.device.type == "cpu":
+            # Here and not where they are asked for: there a compiled graph would end.
+            first = starts.flatten().nonzero().flatten()
+            self.bounds: Int[Tensor, " documents_and_end"] = torch.cat(
+                [first, first.new_tensor([document.numel()])]
+            )
+            """Where documents start in the flattened batch, and where the last one ends."""
+            self.longest = int(self.bounds.diff().max())
+            """Tokens of the longest document."""
 
     @property
     def position(self) -> Int[Tensor, "batch seq"]:
@@ -157,24 +172,22 @@ class Layout:
         first = place.masked_fill(~self.starts.flatten(), 0).cummax(0).values
         return (place - first).view(self.run.shape)
 
-    @property
-    def bounds(self) -> Int[Tensor, " documents_and_end"]:
-        """Where documents start in the flattened batch, and where the last one ends; on CPU."""
-        if self._bounds is None:
-            first = self.starts.flatten().nonzero().flatten()
-            self._bounds = torch.cat([first, first.new_tensor([self.run.numel()])]).cpu()
-        return self._bounds
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        return int(self.bounds.diff().max())
-
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor, window: int | None
     ) -> Tensor:
         """`fast_attend` with this layout; where a row is split over ranks, its layout knows how."""
         return fast_attend(q, k, v, sinks=sinks, layout=self, window=window)
+
+    def prepare(self, window: int | None, dtype: torch.dtype) -> None:
+        """Make what `attend` needs, outside of blocks: those may be compiled, or computed again.
+
+        Args:
+            dtype: of the queries.
+        """
+        if self.run.device.type != "cpu":
+            self.block_mask(window)
+        elif window is not None and window < self.longest:
+            self.band(window, dtype)
 
     def mask(self, window: int | None) -> Bool[Tensor, "batch seq seq"]:
         if ("mask", window) not in self._kept:

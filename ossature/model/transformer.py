@@ -109,6 +109,11 @@ def through_blocks(
     router_log: RouterLog | None,
 ) -> Float[Tensor, "batch seq hidden"]:
     """Blocks by number, in order: all of a model's, or those of a pipeline stage."""
+    if isinstance(layout, Layout):
+        for block in blocks.values():
+            attention = block.get_submodule("attention")
+            assert isinstance(attention, Attention)
+            attention.prepare(layout, x.dtype)
     for block in blocks.values():
         x, statistics = block(x, turn, layout, counted)
         if router_log is not None:

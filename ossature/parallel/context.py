@@ -108,6 +108,14 @@ class SplitLayout(Layout):
         out = window_attention(q, k, v, sinks, self.band(window, q.dtype))
         return out.view(filled.shape)[:, :, window - 1 :].flatten(1, 2)
 
+    def prepare(self, window: int | None, dtype: torch.dtype) -> None:
+        if self.run.device.type != "cpu":
+            self.block_mask(window)
+        elif window is None or window >= self.split.seq:
+            self._kept["pieces",] = self.pieces
+        else:
+            self.band(window, dtype)
+
     @property
     def pieces(self) -> Tensor:
         """`pieces` of `chunk_attention` for this rank's queries and the keys of whole rows."""

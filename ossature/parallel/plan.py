@@ -14,7 +14,7 @@ from ossature.parallel.masters import keep_masters
 from ossature.parallel.mesh import dense_view, expert_view
 from ossature.parallel.packed import store_as_numbers, use_as_bytes
 from ossature.parallel.pipeline import Pipeline
-from ossature.parallel.recompute import offload, recompute
+from ossature.parallel.recompute import compile_block, offload, recompute
 from ossature.parallel.tensor import split_tensors
 
 
@@ -25,8 +25,8 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
 
     The order has a reason: layers that multiply in 8 bits are layers of their own; pp takes out
     what other ranks have; axes that split single layers (tp, ep, etp) name plain modules, so they
-    go before what wraps modules; recomputation wraps what they left; compile wants a block in its
-    final form; FSDP shards whatever the others left, and its hooks stay outside of all that.
+    go before what wraps modules; compile and recomputation wrap what they left (which goes inside
+    is said there); FSDP shards whatever the others left, and its hooks stay outside of all that.
     """
     axes = config.parallel
     pipeline = experts = None
@@ -44,12 +44,14 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
         split_experts(model, experts)
     use_as_bytes(model)
     for block in model.blocks.values():
+        whole = config.recompute == "selective"
+        if config.compile and not whole:
+            compile_block(block)
         recompute(block, config.recompute, dropout=config.lora.dropout > 0)
+        if config.compile and whole:
+            compile_block(block, whole=True)
         if config.offload_activations:
             offload(block)
-    if config.compile:
-        for block in model.blocks.values():
-            block.compile()
     if config.optim.in_backward:
         return None  # one rank whose weights are what is computed with: nothing to gather or cast
     if alone(mesh.size(), config):

@@ -5,6 +5,11 @@ the operators in KEPT: matrix products, experts, attention, and the choice of ex
 names operators, not shapes.  What else there is (norms, RoPE, casts, residuals) is cheap.
 
 What is kept can wait in the memory of the host (`offload`).
+
+Compiled blocks that are computed again as a whole are compiled first: torch lets the outer call be
+eager, and compiles inside of it.  For the selective kind it is the other way around, for the
+compiler has to see which operators are kept; and then the block must be a single graph: where one
+ends in what is computed again, dynamo runs all of it eagerly and says nothing.
 """
 
 from __future__ import annotations
@@ -55,6 +60,15 @@ def recompute(block: nn.Module, mode: str, dropout: bool = False) -> None:
         return checkpoint(plain, *args, **how, **kwargs)
 
     block.forward = forward
+
+
+def compile_block(block: nn.Module, whole: bool = False) -> None:
+    """Compile the block's forward, in place.
+
+    Args:
+        whole: raise where the graph ends, instead of going on with another one.
+    """
+    block.forward = torch.compile(block.forward, fullgraph=whole)
 
 
 def offload(block: nn.Module) -> None:

@@ -5,9 +5,10 @@ clipping and balancing written out.  The ranks go through the code that trains. 
 where training starts from zeros (sinks, biases), rows are packed from unequal documents, loss masks
 are ragged, and both sides step twice with the gradient clipped.
 
-Four things that cost time and change no number are held too: gradients are reduced over the ranks
-as often as the run asks for, experts run no more often than recomputation asks for, compiled blocks
-do not fall back to eager ones after too many recompilations, and the model's config stays as it is.
+Things that cost time and change no number are held too: gradients are reduced over the ranks
+as often as the run asks for, experts run no more often than recomputation asks for, blocks that are
+to be compiled are, and not given up after too many recompilations, and the model's config stays as
+it is.
 """
 
 from __future__ import annotations
@@ -216,6 +217,9 @@ def find(
     Args:
         change: done to the finished model; tests plant faults so.
     """
+    if case.config.compile:  # forget what this process has compiled before
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
     model, mesh, pipeline = divided(case, world, device)
     if change is not None:
         change(model)
@@ -253,6 +257,8 @@ def find(
     runs, most = operators.count / (len(mine) * len(model.blocks)), EXPERT_RUNS[config.recompute]
     if runs > most:
         found.odd.append(f"experts are computed {runs:g} times, not {most}")
+    if config.compile and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        found.odd.append("nothing was compiled")
     if model.config != case.shape:
         found.odd.append("the config of the model was changed")
     return found

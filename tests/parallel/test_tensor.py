@@ -58,11 +58,6 @@ def test_eight_ranks_with_tp_find_what_one_process_finds():
     check(8, layouts)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_find_what_one_process_finds():
-    check(2, [Layout({"tp": 2, "ep": 2}, changes={"compile": True})])
-
-
 # Each with the first thing to break.
 FAULTS = {
     "the bias of o_proj added by every rank": "weights blocks.0.attention.o_proj.bias",

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_blocks_give_the_same_losses(tmp_path, recompute):
     losses = {}
     for compiled in ("false", "true"):
