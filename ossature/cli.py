@@ -38,6 +38,7 @@ STAGES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "Sampling": [
         ("sample", "ossature.sample.command:main", "continue prompts"),
+        ("chat", "ossature.talk.chat:main", "talk to a model in harmony, on the terminal"),
     ],
 }
 VERBS = {verb: target for rows in STAGES.values() for verb, target, _ in rows}

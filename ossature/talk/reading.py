@@ -35,6 +35,7 @@ class Reader:
 
     def __init__(self, tokenizer: Tokenizer, header: Sequence[int] = ()) -> None:
         self._decode = tokenizer.decode
+        self._end_of_document = tokenizer.end_of_document
         self.parser = Parser(tokenizer)
         self._text = Continuation(self._decode)
         for token in header:
@@ -47,6 +48,8 @@ class Reader:
 
     def push(self, token: int) -> Piece | None:
         """What is known with one more token; None if that is nothing to be shown."""
+        if token == self._end_of_document:  # no harmony: some models stop with it all the same
+            return None
         before = self.parser.state
         is_text = self.parser.push(token)
         if is_text:

@@ -1,0 +1,254 @@
+"""`ossature chat`: sessions with a model that says what the test wants, on the real engine."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ossature.cli import main
+from ossature.data.conversations import conversation
+from ossature.data.harmony import Conversation, Rendering
+from ossature.sample.command import stop_ids
+from ossature.sample.engine import Engine
+from ossature.sample.options import SamplingOptions
+from ossature.talk.chat import converse
+from ossature.talk.history import History
+from ossature.talk.session import Session
+from ossature.talk.terminal import escaped
+from ossature.talk.tools import Program, read_tools
+from tests.talk.scripted import CALL, FINAL, THINK, Scripted, answer, last_question, tokenizer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "chat_tools.py"
+
+
+def session(says: Callable[[str], str], each=lambda: None, **fields) -> Session:
+    ends = tuple(sorted(stop_ids(tokenizer().special, None)))
+    engine = Engine(Scripted(says, each), max_batch=1, max_tokens=800, tokenizer=tokenizer())
+    return Session(
+        engine, tokenizer(), fields.pop("chat", Conversation(())), Rendering("2025-06-28"),
+        SamplingOptions(temperature=0.0, max_new_tokens=fields.pop("most", 100), stop_ids=ends), 800,
+        **fields,
+    )  # fmt: skip
+
+
+def said(talk: Session) -> list[tuple[str, str]]:
+    return [(m.channel or m.role, m.text) for m in talk.chat.messages]
+
+
+def test_the_next_question_comes_without_earlier_analysis(capsys):
+    prompts = []
+
+    def says(prompt: str) -> str:
+        prompts.append(prompt)
+        return answer(f"to {last_question(prompt)}", "secret")
+
+    talk = session(says)
+    talk.ask("one")
+    talk.ask("two")
+
+    assert capsys.readouterr().out == "analysis: secret\nto one\nanalysis: secret\nto two\n"
+    assert "<|start|>assistant<|channel|>final<|message|>to one<|end|>" in prompts[-1]
+    assert "secret" not in prompts[-1]
+    assert said(talk) == [
+        ("user", "one"), ("analysis", "secret"), ("final", "to one"),
+        ("user", "two"), ("analysis", "secret"), ("final", "to two"),
+    ]  # fmt: skip
+
+
+def test_analysis_can_be_hidden(capsys):
+    talk = session(lambda prompt: answer("yes", "secret"))
+    talk.screen.analysis = False
+    talk.ask("one")
+
+    assert capsys.readouterr().out == "analysis ...\nyes\n"
+
+
+def test_nothing_the_model_writes_drives_the_terminal(capsys):
+    talk = session(lambda prompt: answer("a\x1b[31mb\x07\r\x9bc\u202ed\te"))
+    talk.ask("one")
+
+    out = capsys.readouterr().out
+    assert out.endswith("a\\x1b[31mb\\x07\\r\\x9bc\\u202ed\te\n")
+    assert escaped("é🙂\n\t ~") == "é🙂\n\t ~"
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
+    count = 0
+
+    def press() -> None:
+        nonlocal count
+        count += 1
+        if count == 100:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    talk = session(lambda prompt: answer("word " * 200, "h"), press, most=700)
+    before = signal.getsignal(signal.SIGINT)
+    talk.ask("one")
+
+    out = capsys.readouterr().out
+    assert out.endswith("\n[stopped]\n") and 0 < out.count("word") < 100
+    assert signal.getsignal(signal.SIGINT) is before and not talk.engine.busy
+    assert said(talk)[-1][0] == "final" and said(talk)[-1][1].startswith("word")
+    talk.engine.model.says = lambda prompt: answer("again")  # type: ignore[assignment]
+    talk.ask("two")
+    assert said(talk)[-1] == ("final", "again")
+
+
+def test_a_question_without_an_answer_is_taken_back(capsys):
+    talk = session(lambda prompt: THINK.format("on and on " * 30), most=20)
+    talk.ask("one")
+
+    assert talk.chat.messages == ()
+    out = capsys.readouterr().out
+    assert "[cut: the answer has as many tokens as it may]" in out
+    assert out.endswith("[there is no answer; your question is taken back]\n")
+
+
+def test_the_model_does_not_speak_for_the_user(capsys):
+    mine = "<|channel|>final<|message|>me<|end|>"
+    talk = session(lambda prompt: mine + "<|start|>user<|message|>and you?<|end|>" * 9)
+    talk.ask("one")
+
+    assert said(talk) == [("user", "one"), ("final", "me")]
+    assert "and you" not in capsys.readouterr().out
+
+
+def with_tools(prompt: str) -> str:
+    if "functions.calculate to=assistant" in prompt:
+        result = prompt.rpartition("commentary<|message|>")[2].partition("<|end|>")[0]
+        return answer(f"It is {result}.")
+    return THINK.format("count") + CALL.format("calculate", '{"expression": "3 * (4 + 5)"}')
+
+
+def tools_file(folder: Path) -> Path:
+    import subprocess
+
+    file = folder / "tools.json"
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, check=True)
+    file.write_bytes(done.stdout)
+    return file
+
+
+def test_a_program_runs_the_tools(tmp_path, capsys):
+    tools = read_tools(tools_file(tmp_path))
+    program = Program(f"{sys.executable} {EXAMPLE}", tools)
+    history = History(tmp_path / "chats.jsonl")
+    talk = session(with_tools, chat=Conversation((), tools), program=program, history=history)
+    talk.ask("3 * (4 + 5)?")
+
+    assert capsys.readouterr().out == (
+        'analysis: count\ncall functions.calculate {"expression": "3 * (4 + 5)"}\n'
+        "result of functions.calculate 27\nanalysis: hm\nIt is 27.\n"
+    )
+    assert program.run("functions.weekday", '{"date": "2025-06-28"}') == "Saturday"
+    assert program.run("functions.rm", "{}") == "error: there is no tool rm"
+    assert "not a sum" in program.run("functions.calculate", '{"expression": "open(1)"}')
+    assert history.last() == talk.chat  # and it can be trained on:
+    assert json.loads(history.file.read_text())["messages"][1]["tool_calls"]
+
+
+def test_results_of_tools_can_be_typed(tmp_path, capsys, monkeypatch):
+    tools = read_tools(tools_file(tmp_path))
+    monkeypatch.setattr("builtins.input", lambda prompt: "twenty-seven")
+    talk = session(with_tools, chat=Conversation((), tools))
+    talk.ask("3 * (4 + 5)?")
+
+    assert said(talk)[-1] == ("final", 'It is "twenty-seven".')
+
+
+def test_a_chat_is_kept_and_resumed_and_others_stay(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    talk = session(lambda prompt: answer("to " + last_question(prompt)), history=History(file))
+    talk.ask("one")
+    talk.start()
+    talk.ask("two")
+    file.write_text(file.read_text() + '{"messages": "of another program"}\n')
+    talk.ask("three")
+    first, second, other = file.read_text().splitlines()
+    file.write_text(first + "\n" + second + "\n")
+
+    history = History(file)
+    again = session(lambda prompt: answer("yes"), chat=history.last(), history=history)
+    again.ask("four")
+    lines = file.read_text().splitlines()
+    chats = [conversation(json.loads(line), "messages", frozenset()) for line in lines]
+
+    assert other == '{"messages": "of another program"}' and lines[0] == first
+    assert [[m.text for m in chat.messages if m.role == "user"] for chat in chats] == [
+        ["one"], ["two", "three", "four"],
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_commands(capsys, monkeypatch):
+    lines = iter([
+        "one \\", "more", "/undo", "/effort high", "/instructions Be brief.", "/analysis hide",
+        "two", "/again", "/nothing", "/effort much", "/new", "/undo", "/analysis dim",
+    ])  # fmt: skip
+
+    def read(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    prompts = []
+
+    def says(prompt: str) -> str:
+        prompts.append(prompt)
+        return answer("to " + last_question(prompt).replace("\n", "/"))
+
+    talk = session(says)
+    converse(talk)
+
+    assert "to one /more" in (out := capsys.readouterr().out)
+    assert "Reasoning: high" in prompts[-1] and "Be brief." in prompts[-1]
+    assert "one" not in prompts[-1]
+    assert "error: /nothing: no such command; /help lists them" in out
+    assert "error: /effort: say low, medium, high" in out
+    assert "error: nothing was asked yet" in out
+    assert out.count("to two") == 2 and said(talk) == [("developer", "Be brief.")]
+
+
+def test_a_conversation_that_leaves_no_room_is_refused_and_nothing_lost():
+    talk = session(lambda prompt: answer("yes"))
+    talk.ask("one")
+    before = talk.chat
+    with pytest.raises(ValueError, match="leaves no room for an answer in a context of 800"):
+        talk.ask("what? " * 900)
+    assert talk.chat == before
+
+
+def test_seeds_go_on_from_answer_to_answer():
+    talk = session(lambda prompt: FINAL.format("a"))
+    talk.sampling = replace(talk.sampling, temperature=1.0, seed=5)
+    seeds = []
+    submit = talk.engine.submit
+    talk.engine.submit = lambda request: (  # type: ignore[method-assign]
+        seeds.append(request.options.seed) or submit(request)
+    )
+    talk.ask("one")
+    talk.ask("two")
+    assert seeds == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--resume"], "say with --history which file"),
+        (["--run-tools", "x"], "say with --tools which functions"),
+        (["--date", "soon"], "date (soon) must be a day, as YYYY-MM-DD"),
+        (["--history", "nowhere/chats.jsonl"], "no such folder as nowhere"),
+        (["--tools", "none.json"], "none.json: No such file or directory"),
+        ([], "no-model: no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    assert main(["chat", "no-model", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
