@@ -39,6 +39,7 @@ STAGES: dict[str, list[tuple[str, str, str]]] = {
     "Sampling": [
         ("sample", "ossature.sample.command:main", "continue prompts"),
         ("chat", "ossature.talk.chat:main", "talk to a model in harmony, on the terminal"),
+        ("serve", "ossature.talk.serve:main", "put a model behind OpenAI's API"),
     ],
 }
 VERBS = {verb: target for rows in STAGES.values() for verb, target, _ in rows}

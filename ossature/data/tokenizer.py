@@ -57,7 +57,9 @@ class Tokenizer:
         Args:
             special: read "<|end|>" and its like as the special tokens they spell.
         """
-        self.inner.encode_special_tokens = not special
+        if not special:  # nothing is set here: threads may encode at the same time
+            return self.inner.encode(text, add_special_tokens=False).ids
+        self.inner.encode_special_tokens = False
         ids = self.inner.encode(text, add_special_tokens=False).ids
         self.inner.encode_special_tokens = True
         return ids

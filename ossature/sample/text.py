@@ -20,14 +20,19 @@ class Continuation:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops = decode, [stop for stop in stops if stop]
+        self._decode, self._until = decode, Until(stops)
         self._tokens: list[int] = []  # since the last end of a whole character
         self._shown = 0  # characters of their text that were passed on
-        self._held = ""  # the end of the text, while it may begin a stop string
-        self.text = ""
+
+    @property
+    def text(self) -> str:
         """What is certain so far."""
-        self.stopped = False
+        return self._until.text
+
+    @property
+    def stopped(self) -> bool:
         """Whether a stop string was met."""
+        return self._until.stopped
 
     def feed(self, token: int) -> str:
         """The text that has become certain with this token."""
@@ -38,23 +43,35 @@ class Continuation:
         self._shown = max(self._shown, len(whole))
         if whole == decoded:
             self._tokens, self._shown = [], 0
-        return self._pass_on(fresh)
+        return self._until.feed(fresh)
 
     def finish(self) -> str:
         """The text that was held back, when no more tokens come."""
         rest = self._decode(self._tokens)[self._shown :] if self._tokens else ""
         self._tokens, self._shown = [], 0
-        fresh = self._pass_on(rest)
-        if self.stopped:
-            return fresh
-        held, self._held = self._held, ""
-        self.text += held
-        return fresh + held
+        return self._until.feed(rest) + self._until.finish()
 
-    def _pass_on(self, fresh: str) -> str:
+
+class Until:
+    """A text in pieces, until the first of some strings."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""  # the end of the text, while it may begin a stop string
+        self._parts: list[str] = []
+        self.stopped = False
+        """Whether a stop string was met."""
+
+    @property
+    def text(self) -> str:
+        """What is certain so far."""
+        return "".join(self._parts)
+
+    def feed(self, piece: str) -> str:
+        """The text that has become certain with this piece."""
         if self.stopped:
             return ""
-        text = self._held + fresh
+        text = self._held + piece
         ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if ends:
             self.stopped = True
@@ -62,8 +79,14 @@ class Continuation:
         else:
             held = max((_overlap(text, stop) for stop in self._stops), default=0)
             text, self._held = text[: len(text) - held], text[len(text) - held :]
-        self.text += text
+        self._parts.append(text)
         return text
+
+    def finish(self) -> str:
+        """The text that was held back, when no more comes."""
+        held, self._held = self._held, ""
+        self._parts.append(held)
+        return held
 
 
 def _overlap(text: str, stop: str) -> int:

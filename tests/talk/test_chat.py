@@ -31,7 +31,8 @@ def session(says: Callable[[str], str], each=lambda: None, **fields) -> Session:
     engine = Engine(Scripted(says, each), max_batch=1, max_tokens=800, tokenizer=tokenizer())
     return Session(
         engine, tokenizer(), fields.pop("chat", Conversation(())), Rendering("2025-06-28"),
-        SamplingOptions(temperature=0.0, max_new_tokens=fields.pop("most", 100), stop_ids=ends), 800,
+        SamplingOptions(temperature=0.0, max_new_tokens=fields.pop("most", 100), stop_ids=ends),
+        800,
         **fields,
     )  # fmt: skip
 

@@ -1,0 +1,260 @@
+"""What the endpoints share: the model that is served, its limits, and how requests reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ossature.data.conversations import conversation
+from ossature.data.harmony import CHANNEL, MESSAGE, Conversation, Rendering, prompt
+from ossature.data.tokenizer import Tokenizer
+from ossature.sample.constraint import Grammars
+from ossature.sample.options import Constraint, SamplingOptions
+from ossature.talk.bodies import CommonBody, ResponseFormat, SampledBody, TextFormat
+from ossature.talk.metrics import Metrics
+from ossature.talk.refused import Refused, reading
+from ossature.talk.texts import Asked, Said, Texts
+from ossature.talk.worker import Worker
+
+RETRY_SECONDS = 2
+SPACING = {"whitespace_pattern": " ?"}
+"""Between parts of JSON that follows a schema; llguidance reads this key of it.  Left free, a weak
+model writes spaces on and on."""
+
+
+@dataclass
+class Service:
+    worker: Worker
+    tokenizer: Tokenizer
+    name: str
+    """Of the model, in requests and answers."""
+    stop_ids: tuple[int, ...]
+    context: int
+    """Tokens of a prompt and one text after it together."""
+    max_queue: int
+    """Texts that may wait for a place among those that the engine writes at a time."""
+    date: str = ""
+    """As the model is told it; empty: the day it is."""
+    metrics: Metrics = field(default_factory=Metrics)
+    created: int = field(default_factory=lambda: int(time.time()))
+    _grammars: Grammars | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            raise Refused(
+                404, f"model: there is no {name!r}, only {self.name!r}", "model", "model_not_found"
+            )
+
+    def check_load(self, texts: int) -> None:
+        """Refuse what would wait behind too many others."""
+        most = self.worker.engine.max_batch
+        if texts > most:
+            raise Refused(400, f"n ({texts}) must be at most {most}", "n")
+        if self.worker.load + texts > most + self.max_queue:
+            raise Refused(
+                429, f"the queue is full: {self.max_queue} texts wait", code="queue_full",
+                retry_seconds=RETRY_SECONDS,
+            )  # fmt: skip
+
+    def sampling(
+        self, body: CommonBody, prompt_tokens: int, max_tokens: int | None, logprobs: int = 0
+    ) -> SamplingOptions:
+        """The options of each text.  `max_tokens` is cut to what the context has room for."""
+        room = self.context - prompt_tokens
+        if room < 1:
+            raise Refused(
+                400,
+                f"the prompt has {prompt_tokens} tokens, which leaves no room for an answer in a "
+                f"context of {self.context}",
+                code="context_length_exceeded",
+            )
+        given = {
+            "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k,
+            "min_p": body.min_p, "repetition_penalty": body.repetition_penalty,
+        }  # fmt: skip
+        if isinstance(body, SampledBody):
+            if body.frequency_penalty:
+                raise Refused(400, "frequency_penalty: only 0 is supported", "frequency_penalty")
+            if body.logit_bias:
+                raise Refused(400, "logit_bias: not supported", "logit_bias")
+            if body.stream_options is not None and not body.stream:
+                raise Refused(400, "stream_options: only with stream", "stream_options")
+            given |= {"presence_penalty": body.presence_penalty}
+        values: dict[str, Any] = {
+            name: float(value) if name != "top_k" else max(0, int(value))  # -1: all, as vLLM says
+            for name, value in given.items()
+            if value is not None
+        }
+        if isinstance(body, SampledBody):
+            values |= {"seed": body.seed, "samples": body.n or 1}
+        with reading():
+            return SamplingOptions(
+                **values, max_new_tokens=min(room, max_tokens or room), stop_ids=self.stop_ids,
+                logprobs=logprobs,
+            )  # fmt: skip
+
+    async def chat_prompt(self, record: dict[str, Any]) -> tuple[Conversation, list[int]]:
+        """A record of the shape `messages` and its tokens, which the answer follows."""
+        with reading():
+            chat = conversation(record, "messages", frozenset(), answered=False)
+            if not any(message.role in ("user", "tool") for message in chat.messages):
+                raise ValueError("messages: there is none of a user to answer")
+            date = self.date or datetime.date.today().isoformat()
+            return chat, await asyncio.to_thread(prompt, chat, Rendering(date), self.tokenizer)
+
+    async def check(self, constraint: Constraint) -> None:
+        """Refuse a schema that cannot be followed before anything is written."""
+        with reading():
+            await asyncio.to_thread(self._start, constraint)
+
+    def _start(self, constraint: Constraint) -> None:
+        with self._lock:
+            if self._grammars is None:
+                vocabulary = self.worker.engine.config.vocab_size
+                self._grammars = Grammars(self.tokenizer, vocabulary)
+        self._grammars.start(constraint, self.stop_ids)
+
+    @asynccontextmanager
+    async def texts(self, asked: Asked) -> AsyncIterator[Counted]:
+        """The texts of a request, which end when the context is left."""
+        with reading():
+            texts = Texts(self.worker, self.tokenizer, asked)
+        counted = Counted(texts, self.metrics, len(asked.prompt))
+        try:
+            yield counted
+        finally:
+            texts.close()
+            counted.done()
+
+
+class Counted:
+    """Texts, counted for /metrics."""
+
+    def __init__(self, texts: Texts, metrics: Metrics, prompt_tokens: int) -> None:
+        self.texts, self._metrics, self._start = texts, metrics, time.monotonic()
+        self.prompt_tokens = prompt_tokens
+        self._seen = 0
+        metrics.prompt_tokens.inc(prompt_tokens)
+
+    async def __aiter__(self) -> AsyncIterator[Said]:
+        async for said in self.texts:
+            if not self._seen and self.texts.generated:
+                self._metrics.first_token.observe(time.monotonic() - self._start)
+            self._metrics.generated_tokens.inc(self.texts.generated - self._seen)
+            self._seen = self.texts.generated
+            yield said
+
+    def done(self) -> None:
+        self._metrics.whole.observe(time.monotonic() - self._start)
+
+    def usage(self) -> dict[str, Any]:
+        """As chats and completions have it."""
+        generated = self.texts.generated
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": generated,
+            "total_tokens": self.prompt_tokens + generated,
+            "completion_tokens_details": {"reasoning_tokens": self.texts.reasoning},
+        }
+
+
+def stops(body: SampledBody) -> tuple[str, ...]:
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+
+
+def format_constraint(form: ResponseFormat | TextFormat | None, param: str) -> Constraint | None:
+    """What a response format asks of an answer."""
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return _schema({"type": "object"})
+    inner = form.json_schema if isinstance(form, ResponseFormat) else form
+    if inner is None or inner.schema_ is None:
+        raise Refused(400, f"{param}: json_schema without a schema", param)
+    return _schema(inner.schema_)
+
+
+def _schema(schema: dict[str, Any]) -> Constraint:
+    return Constraint("json_schema", json.dumps({"x-guidance": SPACING} | schema))
+
+
+def merged_instructions(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several messages of instructions at the beginning as one, as harmony has one."""
+    first = 0
+    while first < len(messages) and messages[first].get("role") in ("system", "developer"):
+        first += 1
+    texts = [_plain(message.get("content")) for message in messages[:first]]
+    if first < 2 or None in texts:  # of something else the reader of records speaks
+        return list(messages)
+    return [{"role": "developer", "content": "\n\n".join(map(str, texts))}, *messages[first:]]
+
+
+def _plain(content: Any) -> str | None:
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    return content if isinstance(content, str) else None
+
+
+class Tools(NamedTuple):
+    """What a request says of tools."""
+
+    functions: list[dict[str, Any]]
+    """Those that the model is told of."""
+    forced: str
+    """The one that it has to call; empty if it may do as it likes."""
+
+
+def read_tools(functions: list[dict[str, Any]], choice: str, named: str) -> Tools:
+    """Tools and `tool_choice`: auto, none, required, or the name of one."""
+    names = [function["name"] for function in functions]
+    if choice == "required":
+        if len(names) != 1:
+            raise Refused(
+                400, "tool_choice: 'required' takes one tool; of several, name one", "tool_choice"
+            )
+        named = names[0]
+    if named and named not in names:
+        raise Refused(400, f"tool_choice: there is no tool {named!r}", "tool_choice")
+    return Tools([] if choice == "none" else functions, named)
+
+
+def forced_header(name: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens with which a call of a tool begins, after `<|start|>assistant`."""
+    special = tokenizer.special
+    return [
+        *tokenizer.encode(f" to=functions.{name}"), special[CHANNEL],
+        *tokenizer.encode("commentary json"), special[MESSAGE],
+    ]  # fmt: skip
+
+
+async def constraints(
+    service: Service, tools: Tools, answer: Constraint | None
+) -> Callable[[str, str], Constraint | None] | None:
+    """What messages have to match: the answer its format; calls of strict tools, and the one that
+    is forced, the tool's parameters."""
+    strict = {
+        f"functions.{function['name']}": _schema(function.get("parameters") or {"type": "object"})
+        for function in tools.functions
+        if function.get("strict") or function["name"] == tools.forced
+    }
+    if answer is None and not strict:
+        return None
+    for constraint in [*([answer] if answer else []), *strict.values()]:
+        await service.check(constraint)
+
+    def find(channel: str, recipient: str) -> Constraint | None:
+        if recipient:
+            return strict.get(recipient)
+        return answer if channel == "final" else None
+
+    return find

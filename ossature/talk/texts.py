@@ -1,0 +1,223 @@
+"""One request of a client -> its texts as they come from the engine's thread.
+
+A chat's texts are read in harmony.  A message that has to match a schema is written in two steps:
+the model writes freely up to the message's beginning, and goes on from there under the constraint,
+so that it may think before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from ossature.data.tokenizer import Tokenizer
+from ossature.sample.engine import Event, Request
+from ossature.sample.options import Constraint, SamplingOptions
+from ossature.sample.text import Until
+from ossature.talk.reading import Piece, Reader
+from ossature.talk.worker import EngineFailed, Worker
+
+NEXT_SEED = 0x9E3779B97F4A7C15
+"""Between the texts of a request, as the engine has it between samples."""
+
+
+class ConstraintFailed(Exception):
+    """No token can go on with a text that has to match a schema."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the engine.
+
+    Args:
+        prompt: tokens.
+        sampling: of each text; `samples` is how many.
+    """
+
+    prompt: Sequence[int]
+    sampling: SamplingOptions
+    chat: bool
+    """Whether the texts are harmony, after `<|start|>assistant`."""
+    header: Sequence[int] = ()
+    """The end of the prompt, if it has more than that of the first message."""
+    stop: tuple[str, ...] = ()
+    """End the answer of a chat before the first of these, wherever tokens begin."""
+    constraint: Callable[[str, str], Constraint | None] | None = None
+    """What the body of a message has to match, by its channel and recipient."""
+
+
+class Said(NamedTuple):
+    """More of a text."""
+
+    number: int
+    """Which text."""
+    text: str
+    event: Event | None
+    """The token behind it; none for text that was held back."""
+    piece: Piece | None
+    """Of a chat: its message.  None if the token shows nothing."""
+    finished: str = ""
+    """stop, length or call at the end of the text."""
+
+
+@dataclass
+class _Text:
+    index: int
+    reader: Reader | None
+    until: Until
+    tokens: list[int] = field(default_factory=list)
+    finished: str = ""
+    constrained: bool = False
+    ticket: int = -1
+
+
+class Texts:
+    """The texts of one request; `close` whatever happens.
+
+    Raises:
+        ValueError: the request can never be run.
+        EngineFailed
+    """
+
+    def __init__(self, worker: Worker, tokenizer: Tokenizer, asked: Asked) -> None:
+        self._worker, self._tokenizer, self._asked = worker, tokenizer, asked
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+        self._texts = [self._text(n) for n in range(asked.sampling.samples)]
+        self._of: dict[tuple[int, int], _Text] = {}
+        self.generated = 0
+        """Tokens so far, of all texts."""
+        self.reasoning = 0
+        """Tokens of the channel analysis among them."""
+        together = asked.constraint is None and not asked.stop  # the prompt is then read once
+        try:
+            if together:
+                self._submit(self._texts, asked.prompt, asked.sampling)
+                return
+            for text in self._texts:
+                sampling = replace(asked.sampling, samples=1)
+                if sampling.seed is not None:
+                    sampling = replace(sampling, seed=sampling.seed + text.index * NEXT_SEED)
+                sampling = replace(sampling, constraint=self._constraint(text))
+                text.constrained = sampling.constraint is not None
+                self._submit([text], asked.prompt, sampling)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Nobody wants more; ends what has not ended."""
+        for ticket in {ticket for ticket, _ in self._of}:
+            self._worker.cancel(ticket)
+        self._of = {}
+
+    async def __aiter__(self) -> AsyncIterator[Said]:
+        """What is said, until all texts have ended.
+
+        Raises:
+            EngineFailed, ConstraintFailed
+        """
+        if self._asked.header:
+            for text in self._texts:
+                assert text.reader is not None
+                parser = text.reader.parser
+                begun = Piece(parser.channel, parser.recipient, "", begins=True)
+                yield Said(text.index, "", None, begun)
+        while any(not text.finished for text in self._texts):
+            ticket, event = await self._queue.get()
+            if event is None:
+                raise EngineFailed(self._worker.failure)
+            text = self._of.get((ticket, event.sample))
+            if text is None or text.finished:
+                continue  # of a part that was cancelled, or after a stop string
+            if event.finished == "failed":
+                raise ConstraintFailed("no token can go on with the text under the constraint")
+            for said in self._take(text, event):
+                yield said
+
+    def _text(self, index: int) -> _Text:
+        reader = Reader(self._tokenizer, self._asked.header) if self._asked.chat else None
+        return _Text(index, reader, Until(self._asked.stop))
+
+    def _submit(
+        self, texts: Sequence[_Text], prompt: Sequence[int], sampling: SamplingOptions
+    ) -> None:
+        def sink(number: int, event: Event | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the server has ended, and its loop
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
+
+        ticket = self._worker.submit(Request(prompt, sampling), sink)
+        for sample, text in enumerate(texts):
+            self._of[ticket, sample], text.ticket = text, ticket
+
+    def _constraint(self, text: _Text) -> Constraint | None:
+        """Of the message whose body comes next."""
+        if self._asked.constraint is None or text.reader is None:
+            return None
+        parser = text.reader.parser
+        if parser.state != "body":
+            return None
+        return self._asked.constraint(parser.channel, parser.recipient)
+
+    def _take(self, text: _Text, event: Event) -> list[Said]:
+        assert event.token is not None, "only what nobody waits for is cancelled"
+        text.tokens.append(event.token)
+        self.generated += 1
+        if text.reader is None:
+            text.finished = event.finished
+            return [Said(text.index, event.text, event, None, text.finished)]
+        piece = text.reader.push(event.token)
+        parser = text.reader.parser
+        if piece is not None and piece.channel == "analysis":
+            self.reasoning += not (piece.begins or piece.ends)
+        if piece is not None and piece.begins:
+            if parser.role != "assistant":  # the model goes on to write what others say
+                self._stop(text)
+                return [Said(text.index, "", event, None, "stop")]
+            if not event.finished and not text.constrained:
+                self._go_on(text)
+        said = [self._said(text, piece, event)]
+        if event.finished and not text.finished:
+            rest = text.reader.close()
+            if rest is not None:
+                said.append(self._said(text, rest, None))
+            held = text.until.finish()
+            if held:
+                said.append(Said(text.index, held, None, Piece("final", "", held)))
+            calls = bool(text.reader.messages and text.reader.messages[-1].recipient)
+            text.finished = "call" if calls and event.finished == "stop" else event.finished
+            said[-1] = said[-1]._replace(finished=text.finished)
+        return said
+
+    def _said(self, text: _Text, piece: Piece | None, event: Event | None) -> Said:
+        """A piece, cut at stop strings if it is of the answer."""
+        if piece is None or piece.recipient or piece.channel == "analysis":
+            return Said(text.index, piece.text if piece else "", event, piece)
+        shown = text.until.feed(piece.text)
+        if text.until.stopped:
+            self._stop(text)
+        return Said(text.index, shown, event, piece._replace(text=shown), text.finished)
+
+    def _stop(self, text: _Text) -> None:
+        text.finished = "stop"
+        if (text.ticket, 1) not in self._of:  # others share the request, which goes on
+            self._worker.cancel(text.ticket)
+
+    def _go_on(self, text: _Text) -> None:
+        """Write the message that begins under its constraint, if it has one."""
+        constraint = self._constraint(text)
+        left = self._asked.sampling.max_new_tokens - len(text.tokens)
+        if constraint is None or not left:
+            return
+        self._worker.cancel(text.ticket)
+        del self._of[text.ticket, 0]
+        sampling = replace(
+            self._asked.sampling, samples=1, constraint=constraint, max_new_tokens=left
+        )
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + text.index * NEXT_SEED + 1)
+        text.constrained = True
+        self._submit([text], [*self._asked.prompt, *text.tokens], sampling)
