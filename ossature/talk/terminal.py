@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 
+from ossature.data.picture import visible
 from ossature.talk.reading import Piece
 
-DIM, BOLD, CYAN, RESET = "\x1b[2m", "\x1b[1m", "\x1b[36m", "\x1b[0m"
-# Controls but line feed and tab, lone surrogates, and what changes the direction of writing.
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def escaped(text: str) -> str:
-    """The text with characters that a terminal would obey spelled out, as in Python."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+DIM, CYAN, RESET = "\x1b[2m", "\x1b[36m", "\x1b[0m"
 
 
 class Screen:
@@ -57,5 +48,5 @@ class Screen:
         print(flush=True)
 
     def write(self, text: str, style: str = "") -> None:
-        text = escaped(text)
+        text = visible(text)
         print(f"{style}{text}{RESET}" if style and self._coloured else text, end="", flush=True)

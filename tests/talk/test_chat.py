@@ -19,7 +19,6 @@ from ossature.sample.options import SamplingOptions
 from ossature.talk.chat import converse
 from ossature.talk.history import History
 from ossature.talk.session import Session
-from ossature.talk.terminal import escaped
 from ossature.talk.tools import Program, read_tools
 from tests.talk.scripted import CALL, FINAL, THINK, Scripted, answer, last_question, tokenizer
 
@@ -75,7 +74,6 @@ def test_nothing_the_model_writes_drives_the_terminal(capsys):
 
     out = capsys.readouterr().out
     assert out.endswith("a\\x1b[31mb\\x07\\r\\x9bc\\u202ed\te\n")
-    assert escaped("é🙂\n\t ~") == "é🙂\n\t ~"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
