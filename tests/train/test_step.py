@@ -37,7 +37,7 @@ def accumulate(sharded, batches, router=None, **options):
     model.zero_grad()
     counted = steps.count(batches, False, mesh).tokens
     sums = steps.accumulate(model, batches, counted, mesh, router or RouterConfig(), **options)
-    return sums, {name: p.grad.to_local().clone() for name, p in model.named_parameters()}
+    return sums, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_loss_and_gradients_do_not_depend_on_the_split_into_micro_batches(sharded):
