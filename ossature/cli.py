@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("OSSATURE_TRACEBACK") == "1":
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
+        # A connection that was lost is no mistake: `ossature launch` may start the ranks again.
+        return 1 if isinstance(error, ConnectionError) else 2
 
 
 def run(argv: list[str]) -> int:

@@ -40,7 +40,8 @@ class Launch:
     node_rank: int = 0
     """NODE_RANK: number of this node, from 0."""
     max_restarts: int = 0
-    """Times that all ranks are started again, after one has died, from their last checkpoint."""
+    """Times that all ranks are started again, after one has died, from their last checkpoint; not
+    after a mistake in the command, its files or its data (exit status 2), which would come again."""
 
 
 KEYS = {name.upper(): name for name in
@@ -143,6 +144,29 @@ def own_address(launch: Launch) -> str:
         return probe.getsockname()[0]
 
 
+MISTAKE = 2
+"""Exit status of a rank that has said what is wrong with what it was given."""
+
+
+def give_up_after_mistakes() -> None:
+    """Let torchrun's agent of this process start nothing again after one; it has no switch for it.
+
+    A node whose agent ends closes the meeting, so the agents of the others end too.
+    """
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.launcher import api
+
+    class Agent(LocalElasticAgent):
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # pyright: ignore
+            result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore
+            if any(failure.exitcode == MISTAKE for failure in result.failures.values()):
+                self._remaining_restarts = 0
+            return result
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
+
+
 def start(launch: Launch, command: list[str]) -> int:
     # A store for every start, opened by rank 0: torchrun's own would keep what ranks of an
     # earlier start have written.
@@ -157,6 +181,7 @@ def start(launch: Launch, command: list[str]) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
     words = agent_words(launch)
+    give_up_after_mistakes()
     try:
         run(parse_args([*words, "--module", "--", "ossature", *command]))
     except ChildFailedError as error:

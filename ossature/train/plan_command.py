@@ -130,7 +130,9 @@ def list_layouts(found: list[Found], looked: int, options: PlanOptions) -> list[
     if not found:
         return [
             f"no layout of {options.model} on {options.ranks} ranks fits into {options.memory}: "
-            f"{looked} of them have room for weights and optimizer, and not for a step"
+            + (f"{looked} have" if looked else "none has")
+            + " room for weights, gradients and optimizer"
+            + (", and not for a step" if looked else "")
         ]
     lines = [
         f"{options.model} on {options.ranks} ranks of {options.memory}: the least time first, of "

@@ -236,6 +236,16 @@ def test_the_status_of_the_ranks_is_that_of_the_launch(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_a_mistake_is_said_once_however_often_ranks_may_start_again(tmp_path, restarts):
+    words = command(shape(tmp_path), "run", 2, "--parallel.tp", "3")
+    agent = launch(["--gpus-per-node", "2", "--max-restarts", restarts, "--", *words])
+    ((_, err),) = all_out([agent])
+    assert agent.returncode == 2
+    assert err.count("error: parallel: ") == 1 and err.count("exit status 2") == 1
+
+
+@pytest.mark.slow
 def test_a_killed_rank_is_named_when_no_restart_is_left(tmp_path):
     agent = launch(["--gpus-per-node", "2", "--", *command(shape(tmp_path), "run", 10_000)])
     wait_for_step(tmp_path / "run", 2, [agent])
