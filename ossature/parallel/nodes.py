@@ -41,7 +41,7 @@ class Launch:
     """NODE_RANK: number of this node, from 0."""
     max_restarts: int = 0
     """Times that all ranks are started again, after one has died, from their last checkpoint; not
-    after a mistake in the command, its files or its data (exit status 2), which would come again."""
+    after a mistake in the command, its files or its data (exit status 2): it would come again."""
 
 
 KEYS = {name.upper(): name for name in
