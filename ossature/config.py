@@ -106,6 +106,9 @@ class LoraConfig:
     in 4.25 bits a number."""
     quantize_base: bool = False
     """With base = mxfp4, quantise a checkpoint that is stored otherwise; false refuses it."""
+    start: str = ""
+    """Folder with an adapter, PEFT's or a run's, whose values training begins with; its settings
+    must be those above.  Empty begins with fresh ones, which change nothing."""
 
     @property
     def scale(self) -> float:
@@ -128,6 +131,8 @@ class LoraConfig:
                 )
         if len(set(self.targets)) < len(self.targets):
             raise ValueError(f"lora.targets ({', '.join(self.targets)}) names one twice")
+        if self.start and not self.rank:
+            raise ValueError(f"lora.start ({self.start}) needs lora.rank")
         if self.rank and not self.targets:
             raise ValueError(f"lora.rank ({self.rank}) needs at least one of lora.targets")
 

@@ -33,6 +33,7 @@ from ossature.checkpoint.store import INDEX, list_weights, read_weight
 from ossature.config import LORA_TARGETS, LoraConfig
 from ossature.convert.config import read_json
 from ossature.convert.destination import new_folder
+from ossature.convert.folder import resolve
 from ossature.convert.names import UnknownTensor, dims, rows, unknown_sentence
 from ossature.convert.source import missing_sentence
 from ossature.model.config import ModelConfig
@@ -41,6 +42,8 @@ PREFIX = "base_model.model."
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXPERTS = ("gate_up", "down")
 ENDS = ("lora_a", "lora_b", "lora_magnitude")
+START = "start"
+"""The key of LoraConfig that says nothing of what the adapters are, but of what they were."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,19 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
     return adapter
 
 
+def find_adapter(path: Path | str, config: ModelConfig) -> Adapter:
+    """`open_adapter` of a folder in PEFT's format, or of a run's newest checkpoint.
+
+    Raises:
+        ValueError: there is none, as well.
+    """
+    path = Path(path)
+    folder = path if (path / CONFIG).is_file() else resolve(path)
+    if not is_adapter_folder(folder):
+        raise ValueError(f"{folder}: holds no adapter: neither PEFT's nor a run's with lora.rank")
+    return open_adapter(folder, config)
+
+
 def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Native name and shape of every parameter that adapters with these settings have."""
     size, found = dims(config), {}
@@ -128,13 +144,15 @@ def _open_run(folder: Path) -> Adapter:
     if not isinstance(config, dict) or "init" not in config:
         raise ValueError(f"{path}: not the state of a run: it has no config with an init")
     settings: dict[str, Any] = {}
-    for entry in fields(LoraConfig):
+    kept = [entry for entry in fields(LoraConfig) if entry.name != START]
+    for entry in kept:
         value, kind = config.get(f"lora.{entry.name}"), type(entry.default)
         value = tuple(value) if isinstance(value, list) else value
         if type(value) is not kind:
             raise ValueError(f"{path}: lora.{entry.name} ({value!r}) must be of {kind.__name__}")
         settings[entry.name] = value
-    unknown = [key for key in config if key.startswith("lora.") and key[5:] not in settings]
+    known = {f"lora.{name}" for name in (*settings, START)}
+    unknown = [key for key in config if key.startswith("lora.") and key not in known]
     if unknown:
         raise ValueError(f"{path}: {unknown[0]} is no setting of adapters that we know")
     try:

@@ -38,7 +38,7 @@ def merge(argv: list[str]) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ossature.convert import folder as folders
-    from ossature.convert.adapters import CONFIG, is_adapter_folder, open_adapter, target_of
+    from ossature.convert.adapters import CONFIG, find_adapter, target_of
     from ossature.convert.base import BASE, identity, read_base
     from ossature.convert.command import describe, size_bytes
     from ossature.convert.destination import check_free
@@ -47,11 +47,8 @@ def merge(argv: list[str]) -> int:
     check_free(options.output)
     most = size_bytes(options.max_shard_size)
     base = folders.open_source(options.base)
-    given = options.adapter
-    folder = given if (given / "adapter_config.json").is_file() else folders.resolve(given)
-    if not is_adapter_folder(folder):
-        raise ValueError(f"{folder}: holds no adapter: neither PEFT's nor a run's with lora.rank")
-    adapter = open_adapter(folder, base.config)
+    adapter = find_adapter(options.adapter, base.config)
+    folder = adapter.folder
     trained_on = read_base(folder)
     if trained_on is None and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder}: lacks {BASE}, which says what its adapter was trained on")

@@ -27,6 +27,8 @@ from ossature.kernels import mxfp4
 PIECE_BYTES = 2**25
 """Of a piece in bfloat16; one expert's matrix at least.  Larger buffers are given back to the
 system each time, and filling them with fresh pages costs as much as recoding them."""
+ERROR_PIECE = 2**20
+"""Numbers whose error is found at a time, in float64."""
 MOST_WORKERS = 8
 Job = TypeVar("Job")
 Made = TypeVar("Made")
@@ -158,7 +160,9 @@ def quantize(weight: Tensor, scales: Tensor | None) -> tuple[tuple[Tensor, Tenso
     ):
         return pair, None
     error = Error()
-    for ours, theirs in zip(back, weight, strict=True):
+    step = max(1, ERROR_PIECE // weight.shape[-1])
+    parts = (matrix.flatten(0, -2).split(step) for matrix in (back, weight))
+    for ours, theirs in zip(*parts, strict=True):
         wide = theirs.double()
         difference = ours.double() - wide
         squares = difference.square().sum().item()

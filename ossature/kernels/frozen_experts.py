@@ -27,6 +27,9 @@ from ossature.kernels.experts import (
 )
 from ossature.kernels.mxfp4 import dequantize
 
+PART_ROWS = 64
+"""Rows that go through an activation at a time on a CPU."""
+
 
 def unpack(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(..., out, in) in `dtype`; of a plain weight, or of blocks and scales.
@@ -91,16 +94,33 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, weights: Tensor, alpha: float, limit: float) -> Tensor:
         ctx.save_for_backward(gate_up, weights)
         ctx.alpha, ctx.limit = alpha, limit
-        return _halves_activated(gate_up, alpha, limit)[2].mul_(weights[:, None] / alpha)
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        for part in _parts(gate_up):
+            inner = _halves_activated(gate_up[part], alpha, limit)[2]
+            torch.mul(inner, weights[part, None] / alpha, out=out[part])
+        return out
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
         (dout,), (gate_up, weights) = grads, ctx.saved_tensors
-        gate, up, inner = _halves_activated(gate_up, ctx.alpha, ctx.limit)
-        dweights = inner.mul_(dout).sum(-1) / ctx.alpha
-        dinner = dout * (weights[:, None] / ctx.alpha)
-        both = _activate_backward(dinner, gate, up, ctx.alpha, ctx.limit)
-        return torch.stack(both, dim=-1).flatten(1), dweights, None, None
+        dgate_up, dweights = torch.empty_like(gate_up), torch.empty_like(weights)
+        for part in _parts(gate_up):
+            gate, up, inner = _halves_activated(gate_up[part], ctx.alpha, ctx.limit)
+            dweights[part] = inner.mul_(dout[part]).sum(-1) / ctx.alpha
+            dinner = dout[part] * (weights[part, None] / ctx.alpha)
+            both = _activate_backward(dinner, gate, up, ctx.alpha, ctx.limit)
+            dgate_up[part, 0::2], dgate_up[part, 1::2] = both
+        return dgate_up, dweights, None, None
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    """Rows worked on at a time: on a CPU few, so that their copies fit its cache.
+
+    A compiler cuts its loops itself, and would write out one of a number of rows that it is told.
+    """
+    if rows.is_cuda or torch.compiler.is_compiling():
+        return [slice(None)]
+    return [slice(start, start + PART_ROWS) for start in range(0, len(rows), PART_ROWS)]
 
 
 def _halves_activated(gate_up: Tensor, alpha: float, limit: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,8 +280,8 @@ def _loop_backward(
             dgain[expert] = (dy[:count] * plain[span]).sum(0)
             dy = dy * gain[expert]
         if need_rows:
-            matrix = _expert(weight, scales, expert, dout.dtype)
-            torch.mm(dy, matrix, out=drows[window])
+            # Not by name: it would live on while the next expert is unpacked.
+            torch.mm(dy, _expert(weight, scales, expert, dout.dtype), out=drows[window])
         if a is None or b is None or low is None:
             continue
         dsmall = torch.mm(dy, b[expert]).mul_(scale)

@@ -17,11 +17,11 @@ MAY_DIFFER = (
     "run", "steps", "micro_batch_tokens", "recompute", "compile", "deterministic",
     "gc_every_steps", "max_skipped_steps", "timeout_seconds", "resume", "data.path", "data.blend",
     "data.train_blend", "data.validation_blend", "data.test_blend",
-    "eval.", "sample.", "checkpoint.", "log.", "parallel.",
+    "lora.start", "eval.", "sample.", "checkpoint.", "log.", "parallel.",
 )  # fmt: skip
 """Keys that change neither what is computed, up to the order of additions, nor on which data.
 `steps` may grow: with optim.decay_steps = 0 that stretches the decay.  A corpus may have moved:
-the loader's own state tells whether it is the same one."""
+the loader's own state tells whether it is the same one.  lora.start counts at the first step."""
 
 SKIP_WINDOW = 1000
 

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ossature.checkpoint.steps import OPTIMIZER, Saver
 from ossature.checkpoint.store import load_weights, newest
 from ossature.config import TrainConfig, to_json
+from ossature.convert.adapters import Adapter
 from ossature.convert.base import BASE, base_of, check_base, read_base
 from ossature.convert.config import hugging_face_config, read_config
 from ossature.convert.folder import open_source, resolve
@@ -44,7 +45,7 @@ from ossature.train import optim
 from ossature.train.adamw import LeanAdamW
 from ossature.train.evaluate import validation_loader
 from ossature.train.resume import Progress, check_config, read_state, state_text
-from ossature.train.start import fill_adapted
+from ossature.train.start import fill_adapted, first_adapter
 
 FIRST_LOSS_SCALE = 2.0**15
 
@@ -105,6 +106,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     mesh = meshes.build(sizes, ranks.device.type)
     loader = train_loader(config, shape.vocab_size, *meshes.data_rank(mesh))
     validation = validation_loader(config, shape.vocab_size) if config.eval.every_steps else None
+    adapter = None if before is not None else first_adapter(config, shape)
     tokenizer = tokenizer_of(config)
     if config.sample.every_steps and tokenizer is None:
         raise ValueError("sample.every_steps needs a corpus with a tokenizer: data.mock has none")
@@ -142,7 +144,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         origin=f"random weights, seed {config.seed}",
     )
     if before is None or config.lora.rank:
-        begin(parts)
+        begin(parts, adapter)
     if before is not None:
         resume(parts, before)
     return parts
@@ -230,10 +232,13 @@ def resume(parts: Parts, folder: Path) -> None:
     parts.origin = f"{folder}, {parts.progress.step} steps done"
 
 
-def begin(parts: Parts) -> None:
+def begin(parts: Parts, adapter: Adapter | None = None) -> None:
     """Fill the model with what the run starts from: a checkpoint in any format, or random weights.
 
     With adapters that is done at every start: checkpoints of the run hold the adapters alone.
+
+    Args:
+        adapter: the values that adapters begin with; None for fresh ones.
     """
     config, model = parts.config, parts.model
     source = None if config.init is None else open_source(config.init)
@@ -242,7 +247,10 @@ def begin(parts: Parts) -> None:
             check_shape(source.folder, source.config, model.config)
             parts.origin = str(config.init)
         if config.lora.rank:
-            fill_adapted(model, config, source)
+            fill_adapted(model, config, source, adapter)
+            if adapter is not None:
+                known = "" if (adapter.folder / BASE).is_file() else ", whose base is not known"
+                parts.origin += f", adapters of {adapter.folder}{known}"
         elif source is not None:
             fill_model(model, source)
         else:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ossature.checkpoint.box import Box, overlap, pieces, rows, within
 from ossature.config import TrainConfig
+from ossature.convert.adapters import Adapter, find_adapter
+from ossature.convert.base import check_base, read_base
 from ossature.convert.model import is_packed
 from ossature.convert.names import shapes
 from ossature.convert.source import Source
@@ -28,11 +30,14 @@ BLOCKS, SCALES = "_blocks", "_scales"
 
 
 @torch.no_grad()
-def fill_adapted(model: Transformer, config: TrainConfig, source: Source | None) -> None:
+def fill_adapted(
+    model: Transformer, config: TrainConfig, source: Source | None, adapter: Adapter | None = None
+) -> None:
     """Set this rank's part of every parameter of a model with adapters.
 
     Args:
         source: of the checkpoint that the run starts from; None draws from the run's seed.
+        adapter: the first values of the adapters; None draws them from the run's seed.
 
     Raises:
         ValueError: the run wants packed experts, and the checkpoint's are not.
@@ -44,6 +49,8 @@ def fill_adapted(model: Transformer, config: TrainConfig, source: Source | None)
         if name.endswith(BLOCKS):
             scales = parameters[name.removesuffix(BLOCKS) + SCALES]
             start.fill_packed(name.removesuffix(BLOCKS) + "_weight", parameter, scales)
+        elif adapter is not None and is_adapter(name):
+            part.copy_(adapter.read(name)[own])
         elif name.endswith("lora_magnitude"):
             part.copy_(initial_magnitude(model.config, name, start.rows)[own])
         elif is_adapter(name):
@@ -52,6 +59,39 @@ def fill_adapted(model: Transformer, config: TrainConfig, source: Source | None)
         elif not name.endswith(SCALES):  # those are filled with their blocks
             for piece in pieces(own, PIECE_BYTES // 2):
                 part[within(piece, own)].copy_(start.part(name, piece))
+
+
+def first_adapter(config: TrainConfig, shape: ModelConfig) -> Adapter | None:
+    """The adapter that a run begins with; None for fresh ones.
+
+    Raises:
+        UnknownTensor, ValueError: it is damaged, not of this model, was trained on another base, or
+            has other settings than the run: each is named.
+    """
+    lora = config.lora
+    if not lora.start:
+        return None
+    adapter = find_adapter(lora.start, shape)
+    differ = [
+        f"lora.{name} ({_said(getattr(lora, name))}) must be {_said(getattr(adapter.lora, name))}"
+        for name in SAME
+        if getattr(lora, name) != getattr(adapter.lora, name)
+    ]
+    if differ:
+        raise ValueError(
+            f"{adapter.folder}: lora.start is an adapter for which {', '.join(differ)}"
+        )
+    if (base := read_base(adapter.folder)) is not None:
+        check_base(adapter.folder, base, config.init)
+    return adapter
+
+
+SAME = ("rank", "alpha", "rank_stabilised", "dora", "targets")
+"""Settings that say what an adapter computes; dropout, and how the base is held, may change."""
+
+
+def _said(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 class _Start:

@@ -274,6 +274,7 @@ ELSEWHERE = {
     "init": "tests/train/test_init.py",
     "optim.in_backward": "tests/train/test_adamw.py",
     "lora.quantize_base": "tests/train/test_lora.py",
+    "lora.start": "tests/train/test_lora.py",
     "recompute": "tests/parallel/test_recompute.py",
     "float8": "tests/parallel/test_float8.py",
     "float8_emulate": "tests/parallel/test_float8.py",

@@ -9,21 +9,24 @@ import pytest
 import torch
 
 from ossature.checkpoint import store
-from ossature.config import LORA_TARGETS, LoraConfig, OptimConfig
+from ossature.config import LORA_TARGETS, LoraConfig, OptimConfig, ParallelConfig
+from ossature.convert.adapters import open_adapter, write_peft
 from ossature.convert.base import identity, read_base
 from ossature.convert.folder import open_source
 from ossature.convert.model import load_model, save_model
+from ossature.convert.names import UnknownTensor
 from ossature.kernels.mxfp4 import dequantize
 from ossature.model.flops import active_adapters, flops_per_token, matmul_parameters
 from ossature.model.lora import adapt, init_adapters, is_adapter, merged_weights
 from ossature.model.transformer import Transformer
 from ossature.parallel.launch import launched
 from ossature.train import optim
+from ossature.train.evaluate import validate, validation_loader
 from ossature.train.loop import introduction, train
 from ossature.train.prove import whole
 from ossature.train.setup import build
 from tests.ranks import run_ranks
-from tests.small_runs import TINY, ragged_batch, records, small_run
+from tests.small_runs import TINY, ragged_batch, records, small_run, text_corpus
 
 DORA = LoraConfig(rank=4, alpha=8.0, dora=True, targets=LORA_TARGETS)
 
@@ -121,8 +124,6 @@ def _started(rank: int, world: int, config) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("axes", [{"dp_shard": 2}, {"tp": 2, "ep": 2}])
 def test_adapters_start_the_same_on_any_ranks_and_change_nothing(tmp_path, bases, axes):
     """Magnitudes are the lengths of the rows as the model holds them: here of the packed ones."""
-    from ossature.config import ParallelConfig
-
     lora = replace(DORA, base="mxfp4")
     config = small_run(tmp_path, init=bases["mxfp4"], lora=lora, parallel=ParallelConfig(**axes))
     model = load_model(bases["mxfp4"], experts="mxfp4")
@@ -150,6 +151,122 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(tmp_path, bases):
         assert all(torch.equal(one[name], other[name]) for name in one)
     saved = read_base(resumed)
     assert saved is not None and saved.identity == identity(bases["bf16"])
+
+
+BEGUN = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "gate_up", "down", "router"))
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, bases) -> Path:
+    """An adapter of one step, in PEFT's format, without a word on its base."""
+    root = tmp_path_factory.mktemp("begun")
+    last = train(small_run(root / "run", init=bases["bf16"], lora=BEGUN, steps=1))
+    assert last is not None
+    adapter = open_adapter(last, TINY)
+    write_peft(adapter, TINY, root / "peft")
+    return root / "peft"
+
+
+def test_training_begins_with_an_adapter_of_peft(tmp_path, bases, begun):
+    """lora.start: the same values, then others; a resumed run does not ask for it again."""
+    shutil.copytree(begun, tmp_path / "peft")
+    lora = replace(BEGUN, start=str(tmp_path / "peft"), dropout=0.1)
+    config = small_run(tmp_path / "run", init=bases["bf16"], lora=lora, steps=2)
+    with launched() as ranks:
+        parts = build(config, ranks)
+    expected = stored(store.newest(begun.parent / "run"))
+    assert parts.weights.keys() == expected.keys()
+    for name, weight in parts.weights.items():
+        assert torch.equal(weight.detach(), expected[name]), name
+    assert parts.origin.endswith(f"adapters of {tmp_path / 'peft'}, whose base is not known")
+
+    last = train(replace(config, steps=1))
+    assert last is not None and any(
+        not torch.equal(weight, expected[name]) for name, weight in stored(last).items()
+    )
+    shutil.rmtree(tmp_path / "peft")
+    assert train(config) is not None
+    assert len(records(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+def test_ranks_begin_with_their_parts_of_an_adapter(tmp_path, bases, begun):
+    config = small_run(
+        tmp_path, init=bases["bf16"], lora=replace(BEGUN, start=str(begun)),
+        parallel=ParallelConfig(tp=2, ep=2),
+    )  # fmt: skip
+    expected = stored(store.newest(begun.parent / "run"))
+    for found in run_ranks(2, _started, config):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rank": 8}, r"lora.rank \(8\) must be 4"),
+        ({"alpha": 4.0}, r"lora.alpha \(4.0\) must be 8.0"),
+        ({"dora": True}, r"lora.dora \(True\) must be False"),
+        ({"rank_stabilised": True}, r"lora.rank_stabilised \(True\) must be False"),
+        ({"targets": ("q_proj",)}, r"lora.targets \(q_proj\) must be q_proj, gate_up, down, router"),
+    ],
+)  # fmt: skip
+def test_an_adapter_of_other_settings_does_not_begin_a_run(tmp_path, bases, begun, changes, words):
+    lora = replace(BEGUN, start=str(begun), **changes)
+    with pytest.raises(ValueError, match=words):
+        train(small_run(tmp_path / "run", init=bases["bf16"], lora=lora))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_begin_a_run_is_refused(tmp_path, bases, begun):
+    def refused(words: str, **changes) -> None:
+        with pytest.raises((ValueError, UnknownTensor), match=words):
+            train(small_run(tmp_path / "run", **changes))
+
+    with pytest.raises(ValueError, match=r"lora.start \(x\) needs lora.rank"):
+        LoraConfig(start="x")
+    refused("no such folder", init=bases["bf16"], lora=replace(BEGUN, start=str(tmp_path / "x")))
+    whole = replace(BEGUN, start=str(bases["bf16"]))
+    refused("holds no adapter", init=bases["bf16"], lora=whole)
+    run = replace(BEGUN, start=str(begun.parent / "run"))
+    refused("its adapter was trained on", init=bases["mxfp4"], lora=run)
+    refused("layers.1", init=None, lora=replace(BEGUN, start=str(begun)), num_layers=1)
+
+
+def _train(rank: int, world: int, config) -> None:
+    train(config)
+
+
+@pytest.mark.slow
+def test_adapters_go_on_on_other_ranks(tmp_path, bases):
+    changes = {"init": bases["mxfp4"], "lora": replace(DORA, base="mxfp4"), "optim__decay_steps": 4}
+    straight = train(small_run(tmp_path / "straight", **changes))
+    split = ParallelConfig(tp=2, ep=2)
+    run_ranks(2, _train, small_run(tmp_path / "run", steps=3, parallel=split, **changes))
+    resumed = train(small_run(tmp_path / "run", **changes))
+    assert straight and resumed
+    one, other = stored(straight), stored(resumed)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_adapters_are_validated_and_sampled_from(tmp_path):
+    """Without dropout: the loss is that of the model as it is loaded."""
+    corpus = text_corpus(tmp_path)
+    changes = {
+        "model": "tiny_text", "data__mock": False, "data__path": corpus, "steps": 4,
+        "eval__every_steps": 4, "eval__tokens": 64, "sample__every_steps": 4,
+        "sample__max_new_tokens": 4, "lora": replace(DORA, dropout=0.5, base="mxfp4"),
+    }  # fmt: skip
+    config = small_run(tmp_path / "run", **changes)
+    last = train(config)
+    assert last and (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 1
+    with launched() as ranks:
+        mesh = build(config, ranks).mesh
+        loader = validation_loader(config, 352)
+        loss = validate(load_model(last), loader, mesh)
+    assert records(tmp_path / "run")[-1]["validation_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_another_base_is_refused(tmp_path, bases):
