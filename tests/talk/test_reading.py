@@ -3,7 +3,7 @@
 import pytest
 
 from ossature.data import vocabulary
-from ossature.data.tokenizer import Tokenizer
+from ossature.data.tokenizer import Tokenizer, load
 from ossature.talk.reading import Piece, Reader
 
 
@@ -88,3 +88,39 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(small):
         reader.push(token)
 
     assert decoded < 3 * len(body)
+
+
+TEXTS = (
+    ANSWER,
+    "<|channel|>final<|message|>🙂é漢字 the end\n\n<|return|>",
+    "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>",
+    "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>a<|return|>",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_are_those_of_openais_parser(text):
+    """Token by token, on the published vocabulary."""
+    harmony = pytest.importorskip("openai_harmony")
+    try:
+        o200k = load("o200k_harmony")
+        encoding = harmony.load_harmony_encoding("HarmonyGptOss")
+    except Exception as absent:  # the vocabulary, which is not in the package
+        pytest.skip(str(absent))
+    theirs = harmony.StreamableParser(encoding, harmony.Role.ASSISTANT)
+    ours = Reader(o200k)
+    for token in o200k.encode(text, special=True):
+        before = len(theirs.messages)
+        theirs.process(token)
+        piece = ours.push(token)
+        ended = len(theirs.messages) > before
+        assert bool(piece and piece.ends) == ended
+        if piece is not None and not piece.ends:
+            assert piece.text == (theirs.last_content_delta or "")
+            assert piece.channel == theirs.current_channel
+            assert piece.recipient == (theirs.current_recipient or "")
+        elif piece is None:
+            assert not theirs.last_content_delta
+    assert [(m.channel, m.recipient or "", m.content[0].text) for m in theirs.messages] == [
+        (m.channel, m.recipient, m.text) for m in ours.messages
+    ]
