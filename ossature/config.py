@@ -163,7 +163,9 @@ class EvalConfig:
 class SampleConfig:
     every_steps: int = 0
     """Sample text every so many steps; 0 never."""
-    prompts: tuple[str, ...] = ("def ",)
+    prompts: tuple[str, ...] = ()
+    """What is continued, "def " if there are none.  With chat data, what a user says, answered in
+    harmony; if there are none, the first questions of the validation split."""
     max_new_tokens: int = 64
     temperature: float = 0.8
 

@@ -1,4 +1,4 @@
-"""Validation on a fixed set, and samples of text, while a run goes on."""
+"""Validation on a fixed set while a run goes on."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ossature.config import SampleConfig, TrainConfig
+from ossature.config import TrainConfig
 from ossature.data.loader import Batch, Loader
 from ossature.model.transformer import Transformer
 from ossature.parallel.fsdp import inference
 from ossature.parallel.mesh import data_rank
-from ossature.sample.generate import evaluating, generate
+from ossature.sample.generate import evaluating
 from ossature.train.step import targets
 
 
@@ -80,32 +80,3 @@ def _turns(loader: Loader, world: int) -> Any:
             turn = []
     if turn:
         yield turn
-
-
-def samples(
-    model: Transformer,
-    tokenizer: Any,
-    config: SampleConfig,
-    seed: int,
-    device: torch.device | None = None,
-) -> list[dict[str, str]]:
-    """Each prompt with what the model says next.  All ranks make the same call."""
-    prompts = [tokenizer.encode(prompt) for prompt in config.prompts]
-    longest = max(len(prompt) for prompt in prompts)
-    end = tokenizer.end_of_document
-    with inference(model):
-        rows = generate(
-            model,
-            prompts,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            stop_ids=() if end is None else (end,),
-            pad_id=0 if end is None else end,
-            seed=seed,
-            device=device,
-        )
-    texts = []
-    for prompt, row in zip(config.prompts, rows[:, longest:].tolist(), strict=True):
-        said = row[: row.index(end)] if end in row else row
-        texts.append({"prompt": prompt, "text": tokenizer.decode(said)})
-    return texts

@@ -26,9 +26,10 @@ from ossature.parallel.launch import launched
 from ossature.train import optim
 from ossature.train.console import Screen
 from ossature.train.devices import device_name, memory_bytes, peak_flops
-from ossature.train.evaluate import samples, validate
+from ossature.train.evaluate import validate
 from ossature.train.metrics import MetricsLog, Record, check_services, cut_after, router_record
 from ossature.train.resume import seed_step
+from ossature.train.samples import samples
 from ossature.train.setup import Parts, build, whole_model, write_config
 from ossature.train.signals import StopRequest
 from ossature.train.step import accumulate, anneal_balance, count, update_balance
@@ -230,15 +231,14 @@ def describe_speed(record: Record, parts: Parts) -> None:
 def show_samples(parts: Parts, screen: Screen) -> None:
     """Print what the model says, and append it to samples.jsonl."""
     config, step = parts.config, parts.progress.step
-    said = samples(
-        parts.model, parts.tokenizer, config.sample, config.seed + step, parts.ranks.device
-    )
+    said = samples(parts.model, parts.tokenizer, config, config.seed + step, parts.ranks.device)
     if parts.ranks.first:
         with (config.run / "samples.jsonl").open("a", encoding="utf-8") as file:
             for entry in said:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
     for entry in said:
-        screen.say(f"step {step}: {entry['prompt']!r} -> {entry['text']!r}")
+        problem = f" ({entry['problem']})" if entry.get("problem") else ""
+        screen.say(f"step {step}: {entry['prompt']!r} -> {entry['text']!r}{problem}")
 
 
 def introduction(parts: Parts) -> Iterator[str]:
