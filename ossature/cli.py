@@ -40,6 +40,7 @@ STAGES: dict[str, list[tuple[str, str, str]]] = {
         ("sample", "ossature.sample.command:main", "continue prompts"),
         ("chat", "ossature.talk.chat:main", "talk to a model in harmony, on the terminal"),
         ("serve", "ossature.talk.serve:main", "put a model behind OpenAI's API"),
+        ("eval", "ossature.eval.command:main", "ask questions and count; compare two results"),
     ],
 }
 VERBS = {verb: target for rows in STAGES.values() for verb, target, _ in rows}

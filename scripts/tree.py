@@ -22,6 +22,7 @@ FOLDERS = {
     "checkpoint": "state <-> disk",
     "convert": "native <-> other formats",
     "sample": "weights -> text",
+    "eval": "weights -> numbers: questions asked, answers counted",
     "talk": "a model that people and programs talk to",
 }
 

@@ -1,0 +1,54 @@
+"""The command: its table, its file, its cache, and what it refuses."""
+
+import json
+
+import pytest
+
+from ossature.cli import main
+from ossature.eval.subject import Subject
+
+
+def test_a_table_a_file_and_answers_that_are_not_asked_twice(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "q.jsonl").write_text('{"question": "the door", "answer": "x"}\n')
+    output, cache = tmp_path / "a.json", tmp_path / "cache.jsonl"
+    argv = ["eval", str(folder), "--tasks", "arithmetic", str(tmp_path / "q.jsonl"), "--limit", "5"]
+    argv += ["--max-new-tokens", "4", "--output", str(output), "--cache", str(cache)]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("task") and "arithmetic" in table and "q.jsonl" in table
+    made = json.loads(output.read_text())
+    assert made["tasks"]["arithmetic"]["metrics"]["accuracy"]["count"] == 5
+    assert made["settings"]["limit"] == 5
+    assert len(cache.read_text().splitlines()) == 1 + 5 + 1
+
+    def never(*_):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(Subject, "_sample", never)
+    monkeypatch.setattr("ossature.eval.likelihood._run", never)
+    assert main(argv) == 0
+    assert capsys.readouterr().out == table
+    assert json.loads(output.read_text()) == made
+    assert main(["eval", "--compare", str(output), str(output)]) == 0
+    assert "+0.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "eval: no task; give --tasks NAME ..."),
+        (["--tasks", "arithmetic", "--samples", "4"], "samples (4) need a temperature above 0"),
+        (["--tasks", "arithmetic", "--output", "/nowhere/x.json"], "no such folder: /nowhere"),
+        (["--tasks", "arithmetic", "--plot", "x.svg"], "plot (x.svg) needs the task needle"),
+        (["--tasks", "arithmetic", "--batch", "0"], "batch (0) must be 1 or more"),
+    ],
+)
+def test_mistakes_are_one_line(folder, capsys, argv, message):
+    assert main(["eval", str(folder), *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and message in said
+
+
+def test_compare_takes_two_files(capsys):
+    assert main(["eval", "--compare", "a.json"]) == 2
+    assert "compare: give two files of results, not 1" in capsys.readouterr().err

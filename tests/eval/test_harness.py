@@ -1,0 +1,130 @@
+"""lm-evaluation-harness gives our model the numbers it gives transformers' model of the folder."""
+
+import json
+import random
+
+import pytest
+
+pytest.importorskip("lm_eval")
+pytestmark = [
+    pytest.mark.slow,  # the harness and transformers take long to import
+    pytest.mark.filterwarnings("ignore"),  # and libraries of the harness warn
+]
+
+WORDS = [
+    "the",
+    "door",
+    "of",
+    "red",
+    "lamp",
+    "is",
+    "blue",
+    "and",
+    "birds",
+    "sit",
+    "in",
+    "garden",
+    "letters",
+]
+
+
+def sentence(draw: random.Random, most: int = 9) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """Three kinds of task, made here: choices, texts to read, texts to write.
+
+    The strings that end a text are in no special token's name: transformers' class looks there
+    too, but goes on until all rows of its batch have met one.
+    """
+    place = tmp_path_factory.mktemp("tasks")
+    draw = random.Random(0)
+    choices = [
+        {
+            "q": sentence(draw),
+            "choices": [" " + sentence(draw, 4) for _ in range(4)],
+            "right": n % 4,
+        }
+        for n in range(12)
+    ]
+    texts = [{"text": sentence(draw, 40)} for _ in range(6)]
+    asked = [{"q": sentence(draw), "a": draw.choice(WORDS)} for _ in range(6)]
+    for name, rows in (("choices", choices), ("texts", texts), ("asked", asked)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / f"{name}.jsonl").write_text(lines)
+    head = (
+        "dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {file}\ntest_split: test\n"
+    )
+    kinds = {
+        "local_choices": (
+            "choices",
+            'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\n'
+            'target_delimiter: ""\ndoc_to_target: right\nmetric_list:\n  - metric: acc\n'
+            "  - metric: acc_norm\n",
+        ),
+        "local_texts": (
+            "texts",
+            'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+            "metric_list:\n  - metric: bits_per_byte\n  - metric: word_perplexity\n",
+        ),
+        "local_asked": (
+            "asked",
+            'output_type: generate_until\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{a}}"\n'
+            'generation_kwargs:\n  until: ["b", "k", "7"]\n  max_gen_toks: 12\n'
+            "metric_list:\n  - metric: exact_match\n",
+        ),
+    }
+    for name, (file, rest) in kinds.items():
+        text = f"task: {name}\n" + head.format(file=place / f"{file}.jsonl") + rest
+        (place / f"{name}.yaml").write_text(text)
+    return place
+
+
+NAMES = ["local_choices", "local_texts", "local_asked"]
+
+
+@pytest.fixture(scope="module")
+def both(folder, tasks, tmp_path_factory):
+    """The harness's results for transformers' model and for ours, of the same folder."""
+    import os
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from ossature.eval.harness import OssatureLM
+
+    models = (
+        HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=3),
+        OssatureLM(str(folder), batch_size="4"),
+    )
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return [
+        simple_evaluate(model=model, tasks=NAMES, task_manager=manager, bootstrap_iters=0)
+        for model in models
+    ]
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_the_harness_finds_the_same_as_for_transformers(both, task):
+    theirs, ours = (found["samples"][task] for found in both)
+    assert len(theirs) == len(ours) > 5
+    for their, our in zip(theirs, ours, strict=True):
+        assert their["arguments"] == our["arguments"]
+        if task == "local_choices":
+            for (a, is_greedy), (b, ours_is) in zip(
+                (r[0] for r in their["resps"]), (r[0] for r in our["resps"]), strict=True
+            ):
+                assert abs(a - b) < 1e-4 and is_greedy == ours_is
+            assert their["acc"] == our["acc"] and their["acc_norm"] == our["acc_norm"]
+        elif task == "local_texts":
+            assert abs(their["resps"][0][0] - our["resps"][0][0]) < 1e-4
+        else:
+            assert their["resps"] == our["resps"]
+    a, b = (found["results"][task] for found in both)
+    numbers = [key for key, value in a.items() if isinstance(value, float)]
+    assert numbers and all(a[key] == pytest.approx(b[key], rel=1e-5) for key in numbers)

@@ -1,0 +1,124 @@
+"""Grades made by hand, votes, and files that are not as they must be."""
+
+import json
+
+import pytest
+
+from ossature.eval import questions as module
+from ossature.eval.options import TaskOptions
+from ossature.eval.questions import (
+    Question,
+    number,
+    questions,
+    read_questions,
+    reduced,
+    right,
+    vote,
+)
+
+
+@pytest.mark.parametrize(
+    ("grade", "answer", "text", "is_right"),
+    [
+        ("exact", "42", " 42\n", True),
+        ("exact", "42", "42.", False),
+        ("numeric", "42", "so it is 42.0, I think", True),
+        ("numeric", "1,234", "First 7, then 1234.", True),
+        ("numeric", "42", "42 or 43", False),
+        ("numeric", "42", "forty-two", False),
+        ("numeric", "-0.5", "x = -.50", True),
+        ("regex", r"^(?i:paris)\b", "Paris, of course", True),
+        ("regex", r"^(?i:paris)\b", "It is Paris", False),
+        ("choice", "B", "The answer is B.", True),
+        ("choice", "blue", "B", True),
+        ("choice", "blue", "blue", True),
+        ("choice", "B", "A or B? A", False),
+        ("choice", "B", "Because", False),
+    ],
+)
+def test_grades(grade, answer, text, is_right):
+    question = Question("?", answer, grade, ("red", "blue"))
+    assert right(reduced(text, question), question) == is_right
+
+
+def test_the_last_number_counts():
+    assert [number(t) for t in ("a 1 b 2.50", "1e3", "none", "-7%")] == [2.5, 1000, None, -7]
+
+
+def test_the_majority_wins_and_those_who_say_nothing_abstain():
+    assert vote(["1", "2", "2", "", "", ""]) == "2"
+    assert vote(["3", "1", "1", "3"]) == "3"
+    assert vote(["", ""]) == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: Expecting"),
+        ('{"question": "a"}', "line 2: answer must be a text that is not empty"),
+        ('{"question": "a", "answer": "b", "x": 1}', "line 2: key 'x' has no meaning"),
+        ('{"question": "a", "answer": "b", "grade": "good"}', "line 2: grade 'good' must"),
+        (
+            '{"question": "a", "answer": "b", "grade": "numeric"}',
+            "line 2: answer 'b' has no number",
+        ),
+        ('{"question": "a", "answer": "(", "grade": "regex"}', "line 2: answer '[(]' is no expr"),
+        ('{"question": "a", "answer": "b", "grade": "choice"}', "line 2: grade choice needs 2 to"),
+        (
+            '{"question": "a", "answer": "C", "grade": "choice", "choices": ["x", "y"]}',
+            "line 2: answer 'C' is none of the choices",
+        ),
+        ("[]", "line 2: must be an object"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "q", "answer": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=f"q.jsonl: {message}"):
+        read_questions(file, TaskOptions())
+
+
+def test_votes_and_pass_at_k_of_texts_written_by_hand(tmp_path, subject, monkeypatch):
+    rows = [
+        {"question": "1 + 1", "answer": "2", "grade": "numeric", "kind": "sum"},
+        {"question": "sky", "answer": "blue", "kind": "word"},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = [["2", "3", "is 2", "2.0"], ["red", "blue", "red", ""]]
+    monkeypatch.setattr(module, "_texts", lambda *_: said)
+    found = questions(subject, TaskOptions(samples=4, temperature=1.0), file)
+    values = {key: list(metric.values) for key, metric in found.metrics.items()}
+    assert values == {
+        "accuracy": [0.75, 0.25],
+        "majority": [1.0, 0.0],
+        "pass@2": [1.0, 0.5],
+        "pass@4": [1.0, 1.0],
+        "accuracy, sum": [0.75],
+        "accuracy, word": [0.25],
+    }
+    assert found.details[1]["said"] == said[1] and found.details[1]["right"] == [
+        False, True, False, False,
+    ]  # fmt: skip
+
+
+def test_the_most_probable_choice_is_the_models_own(tmp_path, subject):
+    """A question whose answers the model scores itself: by hand from its logits."""
+    import torch
+
+    choices = ["the door", "lamp", "birds sit in"]
+    context = subject.tokenizer.encode("Question: what\nAnswer:")
+    means = []
+    for choice in choices:
+        more = subject.tokenizer.encode(f" {choice}")
+        tokens = torch.tensor([[*context, *more]])
+        with torch.no_grad():
+            logits = subject.model(tokens)[0, len(context) - 1 : -1].log_softmax(-1)
+        means.append(float(logits.gather(1, torch.tensor(more)[:, None]).mean()))
+    best = choices[means.index(max(means))]
+    file = tmp_path / "q.jsonl"
+    record = {"question": "what", "choices": choices, "grade": "likelihood"}
+    lines = [json.dumps({**record, "answer": answer}) for answer in choices]
+    file.write_text("\n".join(lines))
+    found = questions(subject, TaskOptions(), file)
+    assert list(found.metrics["accuracy"].values) == [float(c == best) for c in choices]
