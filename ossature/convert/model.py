@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -115,6 +117,18 @@ def load_adapter(model: Transformer, folder: Path | str) -> Adapter:
     for name in adapter.shapes:
         parameters[name].copy_(adapter.read(name))
     return adapter
+
+
+def with_adapter(model: Transformer, folder: Path | str) -> Transformer:
+    """Another model with the same weights, in the same memory, and an adapter beside them.
+
+    Raises:
+        UnknownTensor, ValueError: as `load_adapter`.
+    """
+    kept = itertools.chain(model.parameters(), model.buffers())
+    other = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    load_adapter(other, folder)
+    return other.eval()
 
 
 def is_packed(source: Source) -> bool:

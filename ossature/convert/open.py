@@ -7,7 +7,7 @@ have what `--parallel.*` gives them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ def open_model(
     dtype: torch.dtype | None,
     ranks: Ranks,
     device: torch.device | str | None = None,
+    experts: Literal["plain", "mxfp4"] = "plain",
 ) -> Transformer:
     """The model of a folder in any format, to be called and not to be trained.
 
@@ -47,6 +48,7 @@ def open_model(
         dtype: of all weights and the computation; None keeps what each weight is stored in, for
             models that are not called.
         device: default: the rank's own.
+        experts: as `load_model`; one rank can keep them packed.
 
     Raises:
         UnknownTensor, ValueError: the folder is damaged, or the axes do not fit the model or the
@@ -58,7 +60,9 @@ def open_model(
     run = _run(parallel)
     sizes = meshes.sizes(parallel, ranks.world)
     if ranks.world == 1:
-        return load_model(folder, dtype=dtype, device=device).eval()
+        return load_model(folder, dtype=dtype, device=device, experts=experts).eval()
+    if experts != "plain":
+        raise ValueError(f"experts ({experts}): {ranks.world} ranks need them plain")
     source = open_source(folder, balance_bias=True)
     try:
         check(run, source.config)

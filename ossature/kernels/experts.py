@@ -371,7 +371,8 @@ _ROUND = 64
 
 
 def _padded(count: int) -> int:
-    return -(-count // _ROUND) * _ROUND if count > 8 else count
+    """At least `FEW_ROWS`: fewer are multiplied in another way, and their bits would differ."""
+    return -(-count // _ROUND) * _ROUND if count > FEW_ROWS else FEW_ROWS
 
 
 def _cut(x: Tensor, window: slice) -> Tensor:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x ** 2) + eps) over the last dim, in fp32 (or fp64), cast to x's."""
-    return _RMSNorm.apply(x, weight, eps)
+    if torch.is_grad_enabled() or x.numel() > BLOCK:
+        return _RMSNorm.apply(x, weight, eps)
+    part = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scale = part.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (part * scale).mul_(weight).to(x.dtype)
+
+
+BLOCK = 2**17
+"""Numbers that are worked on at a time on a CPU."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,6 +56,6 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of rows of about 2 ** 17 numbers; on CUDA one of all."""
-    size = max(1, 2**17 // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
+    """Slices of rows of about `BLOCK` numbers; on CUDA one of all."""
+    size = max(1, BLOCK // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
     return (slice(start, start + size) for start in range(0, len(rows), size))

@@ -52,6 +52,10 @@ class SampleOptions:
     """Such as "cpu" or "cuda:0"; empty takes a GPU if there is one."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and computation."""
+    experts: Literal["plain", "mxfp4"] = "plain"
+    """"mxfp4" keeps the experts of a folder that has them so packed: a quarter of the memory."""
+    adapter: tuple[str, ...] = ()
+    """NAME=FOLDER: adapters that are put on the model; each prompt is continued with each."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the model is divided over the ranks that torchrun starts."""
 
@@ -67,12 +71,15 @@ def main(argv: list[str]) -> int:
     if options.regex and options.json_schema:
         raise ValueError("sample: --regex and --json-schema exclude each other")
     sampling = _sampling(options, ())
+    folders = _adapters(options.adapter)
 
     import torch
 
     from ossature.convert.folder import resolve
+    from ossature.convert.model import with_adapter
     from ossature.convert.open import open_model
     from ossature.data.tokenizer import load as load_tokenizer
+    from ossature.model.prepacked import can_prepack, prepack
     from ossature.parallel.launch import first_prints, launched
     from ossature.sample.engine import Engine, Request
 
@@ -84,22 +91,45 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(options.tokenizer or str(folder))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     with launched() as ranks, first_prints(ranks):
-        model = open_model(folder, options.parallel, dtype, ranks, options.device or None)
+        if folders and ranks.world > 1:
+            raise ValueError(f"adapter: {ranks.world} ranks cannot put adapters on; use one")
+        device = options.device or None
+        model = open_model(folder, options.parallel, dtype, ranks, device, options.experts)
+        adapters = {name: with_adapter(model, path) for name, path in folders.items()}
+        if ranks.world == 1 and not adapters and can_prepack(model):
+            prepack(model)
         prompts = [tokenizer.encode(text) for text in options.prompt]
-        batch = min(options.batch, len(prompts))
+        texts = [(row, name) for row in range(len(prompts)) for name in adapters or [""]]
+        batch = min(options.batch, len(texts))
         longest = max(map(len, prompts)) + options.max_new_tokens
-        engine = Engine(model, max_batch=batch, max_tokens=batch * longest, tokenizer=tokenizer)
+        engine = Engine(
+            model, max_batch=batch, max_tokens=batch * longest, tokenizer=tokenizer,
+            adapters=adapters,
+        )  # fmt: skip
         ends = tuple(sorted(stop_ids(tokenizer.special, model.config.eos_token_id)))
         sampling = _sampling(options, ends)
         numbers = [
-            engine.submit(Request(prompt, replace(sampling, seed=options.seed + row)))
-            for row, prompt in enumerate(prompts)
+            engine.submit(Request(prompts[row], replace(sampling, seed=options.seed + row), name))
+            for row, name in texts
         ]
-        printer = Printer(options.prompt)
+        several = len(adapters) > 1
+        printer = Printer([several * f"[{name}] " + options.prompt[row] for row, name in texts])
         while engine.busy:
             for event in engine.step():
                 printer.take(numbers.index(event.request), event.text, bool(event.finished))
     return 0
+
+
+def _adapters(words: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"adapter ({word}) must be NAME=FOLDER")
+        if name in found:
+            raise ValueError(f"adapter: {name} is given twice")
+        found[name] = Path(folder)
+    return found
 
 
 def _sampling(options: SampleOptions, ends: tuple[int, ...]) -> SamplingOptions:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -46,6 +46,8 @@ class Request:
     prompt: Sequence[int]
     """Tokens."""
     options: SamplingOptions = field(default_factory=SamplingOptions)
+    adapter: str = ""
+    """Name of one of the engine's adapters; empty: the model as it is."""
 
 
 class Event(NamedTuple):
@@ -94,6 +96,8 @@ class Engine:
         lockstep: with several ranks: requests come to the first rank, the others call `follow`.
             Otherwise all ranks make the same calls.
         device: that computes; default: where the weights are.
+        adapters: by name, models that share the weights of `model` and add their own: see
+            `ossature.convert.model.with_adapter`.  Texts of each take a pass of their own.
     """
 
     def __init__(
@@ -106,13 +110,15 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         lockstep: bool = False,
         device: torch.device | None = None,
+        adapters: Mapping[str, nn.Module] | None = None,
     ) -> None:
         sizes = {"max_batch": max_batch, "max_tokens": max_tokens, "prefill_chunk": prefill_chunk}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} ({size}) must be 1 or more")
-        assert not model.training, "call model.eval() first"
-        self.model, self.tokenizer, self.lockstep = model, tokenizer, lockstep
+        self.models = {"": model, **(adapters or {})}
+        assert not any(model.training for model in self.models.values()), "call model.eval() first"
+        self.tokenizer, self.lockstep = tokenizer, lockstep
         self.max_batch, self.max_tokens, self.prefill_chunk = max_batch, max_tokens, prefill_chunk
         self.config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
         first = next(model.parameters())
@@ -153,10 +159,14 @@ class Engine:
 
         Raises:
             ValueError: a request that can never be run: an empty prompt, a token that is not in
-                the vocabulary, more than `max_tokens` or `max_batch` allow, a wrong constraint.
+                the vocabulary, more than `max_tokens` or `max_batch` allow, a wrong constraint,
+                an adapter that is not there.
         """
         options, prompt = request.options, list(request.prompt)
         self._check(prompt, options)
+        if request.adapter not in self.models:
+            known = ", ".join(name for name in self.models if name) or "none"
+            raise ValueError(f"adapter ({request.adapter}) is not one of those there are: {known}")
         if options.constraint is not None:
             self._start_matcher(options)  # its mistakes are told here
         seed = options.seed
@@ -166,7 +176,7 @@ class Engine:
             seed = int(torch.randint(2**62, ()))
         with self._wake:
             number = next(self._numbers)
-            self._orders.append(_Order("submit", number, prompt, options, seed))
+            self._orders.append(_Order("submit", number, prompt, options, seed, request.adapter))
             self._wake.notify_all()
         return number
 
@@ -205,8 +215,9 @@ class Engine:
         with torch.compiler.set_stance("force_eager"):
             running = list(self._running)
             events += self._read()
-            if running:
-                events += self._advance(running)
+            for name, model in self.models.items():
+                if texts := [text for text in running if text.adapter == name]:
+                    events += self._advance(model, texts)
         return events
 
     def generate(self, requests: Iterable[Request]) -> list[list[Completion]]:
@@ -304,7 +315,7 @@ class Engine:
             left -= size
             tokens = torch.tensor([prompt[done : done + size]], device=self.device)
             turn = self.cache.prompt(work.rows[0], size, self.device)
-            logits = self.model(tokens, cache=turn)[:, -1]
+            logits = self.models[work.order.adapter](tokens, cache=turn)[:, -1]
             work.done += size
             if work.done == len(prompt):
                 self._reading.popleft()
@@ -325,7 +336,7 @@ class Engine:
                 order.prompt,
                 self.config.vocab_size,
             )
-            text = _Text(order.request, sample, row, order.options, sampler)
+            text = _Text(order.request, sample, row, order.options, sampler, order.adapter)
             if order.options.constraint is not None:
                 text.matcher = self._start_matcher(order.options)
             if self.tokenizer is not None:
@@ -333,7 +344,7 @@ class Engine:
             self._running.append(text)
         return self._running[-len(work.rows) :]
 
-    def _advance(self, texts: list[_Text]) -> list[Event]:
+    def _advance(self, model: nn.Module, texts: list[_Text]) -> list[Event]:
         """One token more for each of some texts."""
         # In the order of their rows: rings of rows 0, 1, ... are then used where they lie.
         texts.sort(key=lambda text: text.row)
@@ -341,7 +352,7 @@ class Engine:
         last = [text.last for text in texts]
         tokens = torch.tensor(last + last[:1] * fill, device=self.device)[:, None]
         turn = self.cache.step([text.row for text in texts], fill, self.device)
-        return self._choose(texts, self.model(tokens, cache=turn)[:, -1])
+        return self._choose(texts, model(tokens, cache=turn)[:, -1])
 
     def _choose(self, texts: list[_Text], logits: Tensor) -> list[Event]:
         """Put the next token on each text; the n-th row of logits is the n-th text's."""
@@ -390,6 +401,7 @@ class _Order(NamedTuple):
     prompt: list[int] = []  # noqa: RUF012
     options: SamplingOptions = SamplingOptions()
     seed: int = 0
+    adapter: str = ""
 
 
 class _Work:
@@ -413,6 +425,7 @@ class _Text:
     """Of the cache."""
     options: SamplingOptions
     sampler: Sampler
+    adapter: str
     matcher: Matcher | None = None
     shown: Continuation | None = None
     count: int = 0
