@@ -157,6 +157,12 @@ class EvalConfig:
     """Validation every so many steps; 0 never."""
     tokens: int = 2**16
     """Size of the fixed validation set, in tokens, rounded up to whole rows."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of `ossature eval`, asked of the model as it is; needs a corpus with a tokenizer."""
+    tasks_every_steps: int = 0
+    """Ask them every so many steps; 0 never."""
+    task_items: int = 100
+    """Questions of each task, at most; 0 takes all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +314,12 @@ class TrainConfig:
                 f"global_batch_tokens ({whole}) must be a multiple of micro_batch_tokens ({micro})"
             )
         self.data.check()
+        asked, every = self.eval.tasks, self.eval.tasks_every_steps
+        if bool(asked) != bool(every):
+            raise ValueError(
+                f"eval.tasks ({' '.join(asked) or 'none'}) and eval.tasks_every_steps ({every}) go "
+                "together"
+            )
         optim = self.optim
         for key, beta in [("optim.beta1", optim.beta1), ("optim.beta2", optim.beta2)]:
             if beta >= 1:

@@ -33,6 +33,7 @@ from ossature.train.samples import samples
 from ossature.train.setup import Parts, build, whole_model, write_config
 from ossature.train.signals import StopRequest
 from ossature.train.step import accumulate, anneal_balance, count, update_balance
+from ossature.train.tasks import ask_tasks, check_tasks
 
 STEADY_STEPS = 1000
 """Steps without an overflow after which fp16's loss scale doubles."""
@@ -66,6 +67,7 @@ def train(
         ranks = stack.enter_context(launched(config.timeout_seconds, lambda: stop.asked))
         try:
             check_services(config)
+            check_tasks(config)
             parts = build(config, ranks)
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -98,6 +100,11 @@ def train(
                 loss = validate(parts.model, parts.validation, parts.mesh)
                 record["validation_loss"] = loss
                 screen.say(f"step {progress.step}: validation loss {loss:.4f}")
+            if due(config.eval.tasks_every_steps, progress.step, config.steps):
+                record["eval"] = ask_tasks(parts)
+                for name, value in record["eval"].items():
+                    if ", " not in name:  # kinds of questions are in metrics.jsonl alone
+                        screen.say(f"step {progress.step}: {name} {value:.4f}")
             if log is not None:
                 log.write(record)
             screen.show(record)

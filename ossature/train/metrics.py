@@ -4,9 +4,10 @@
 counted tokens), grad_norm (before clipping), lr, tokens (processed since step 1, padding
 included), counted_tokens (of these, targets with loss), tokens_per_second, seconds (of this step,
 without validation, samples and saving), skipped_steps (so far), memory_bytes.  Where it applies:
-mfu (only if the device's peak is known), validation_loss, router_loss, loss_scale, and on logged
-steps `router`: `load` (layers x experts, share of the layer's tokens times experts; 1 is balance)
-and `entropy` (layers; nats).  A value that is not finite is null.
+mfu (only if the device's peak is known), validation_loss, router_loss, loss_scale, `eval` (the
+value of every task/metric of eval.tasks), and on logged steps `router`: `load` (layers x experts,
+share of the layer's tokens times experts; 1 is balance) and `entropy` (layers; nats).  A value that
+is not finite is null.
 """
 
 from __future__ import annotations
@@ -133,5 +134,7 @@ def _numbers(record: Record) -> Iterable[tuple[str, float]]:
         if name == "router":
             yield "router/largest_load", max(max(layer) for layer in value["load"])
             yield "router/entropy", sum(value["entropy"]) / len(value["entropy"])
+        elif name == "eval":
+            yield from ((f"eval/{task}", number) for task, number in value.items())
         elif name != "step" and value is not None:
             yield name, value

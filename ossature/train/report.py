@@ -98,6 +98,17 @@ def curves(records: Sequence[Record]) -> list[dict[str, Any]]:
         points = [(r["step"], r[key] * scale) for r in records if r.get(key) is not None]
         if points:
             made.append({"key": key, "title": title, "unit": unit, "points": thin(points)})
+    asked = [(r["step"], r["eval"]) for r in records if "eval" in r]
+    # Kinds of a task's questions, which have a comma in their name, would be too many.
+    for name in dict.fromkeys(name for _, values in asked for name in values if ", " not in name):
+        points = [(n, values[name]) for n, values in asked if values.get(name) is not None]
+        if points:
+            task = {
+                "key": f"eval/{name}",
+                "title": name.replace("/", ": "),
+                "unit": "all questions",
+            }
+            made.append({**task, "points": thin(points)})
     return made
 
 

@@ -110,6 +110,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     tokenizer = tokenizer_of(config)
     if config.sample.every_steps and tokenizer is None:
         raise ValueError("sample.every_steps needs a corpus with a tokenizer: data.mock has none")
+    if config.eval.tasks and tokenizer is None:
+        raise ValueError("eval.tasks needs a corpus with a tokenizer: data.mock has none")
 
     model, pipeline = divided_model(config, shape, mesh, ranks.device)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}

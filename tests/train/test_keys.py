@@ -182,6 +182,41 @@ def test_eval_keys(outcome):
     assert losses[1][3] != losses[2][3]
 
 
+def test_task_keys(outcome, tmp_path, capsys):
+    """Tasks are asked when they are due, of the model as it is then, and change nothing."""
+    from ossature.train.report import curves
+
+    (tmp_path / "q.jsonl").write_text('{"question": "def", "answer": "x"}\n' * 9)
+    base = {
+        "eval__tasks": ("arithmetic", str(tmp_path / "q.jsonl")), "eval__tasks_every_steps": 3,
+        "eval__task_items": 5,
+    }  # fmt: skip
+    plain, asked = outcome(), outcome(**base)
+    found = [line.get("eval") for line in asked.lines]
+    assert [value is not None for value in found] == [False, False, True, True]
+    assert found[2]["arithmetic/nats_per_token"] != found[3]["arithmetic/nats_per_token"]
+    assert any("step 3: arithmetic/nats_per_token " in line for line in asked.printed)
+    assert same(plain, asked)
+    drawn = {curve["key"]: [n for n, *_ in curve["points"]] for curve in curves(asked.lines)}
+    assert drawn["eval/arithmetic/accuracy"] == [3, 4]
+    assert "eval/arithmetic/accuracy, add 1 digit" not in drawn
+    fewer = outcome(**{**base, "eval__task_items": 2})
+    assert "arithmetic/accuracy, add 3 digits" in found[2]
+    assert "arithmetic/accuracy, add 3 digits" not in fewer.lines[2]["eval"]
+
+
+def test_tasks_are_checked_before_a_run_begins(tmp_path):
+    both = {"eval__tasks": ("needle:3",), "eval__tasks_every_steps": 2}
+    with pytest.raises(ValueError, match="needle:3: give lengths"):
+        train(small_run(tmp_path / "r", **both))
+    both["eval__tasks"] = ("arithmetic",)
+    with pytest.raises(ValueError, match=r"eval.tasks needs a corpus with a tokenizer"):
+        train(small_run(tmp_path / "r", **both))
+    with pytest.raises(ValueError, match=r"eval.tasks \(none\) and eval.tasks_every_steps \(2\)"):
+        small_run(tmp_path / "r", eval__tasks_every_steps=2)
+    assert not (tmp_path / "r").exists()
+
+
 def test_sample_keys(outcome):
     from ossature.train.metrics import read_records
 
@@ -285,7 +320,8 @@ ELSEWHERE = {
     "timeout_seconds": "tests/parallel/test_nodes.py",
 }
 HERE = (
-    "run", "micro_batch_tokens", "eval.every_steps", "eval.tokens", "sample.every_steps",
+    "run", "micro_batch_tokens", "eval.every_steps", "eval.tokens", "eval.tasks",
+    "eval.tasks_every_steps", "eval.task_items", "sample.every_steps",
     "sample.prompts", "sample.max_new_tokens", "sample.temperature", "checkpoint.every_steps",
     "checkpoint.keep", "checkpoint.asynchronous", "log.every_steps", "log.tensorboard",
     "log.wandb_project", "log.wandb_entity", "log.wandb_name", "gc_every_steps", "deterministic",
