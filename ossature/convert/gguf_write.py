@@ -63,8 +63,8 @@ def notes(source: Source) -> list[str]:
     found = []
     if not source.config.rope_truncate and source.config.rope_factor != 1:
         found.append(
-            "llama.cpp rounds the YaRN ramp to whole dimensions, this model was trained without: "
-            "its logits differ a little there, as for every gpt-oss"
+            "llama.cpp rounds the YaRN ramp to whole dimensions, and this model does not: its "
+            "logits differ there, as those of every gpt-oss do"
         )
     if not chat_template({file.name: file for file in source.files}):
         found.append(

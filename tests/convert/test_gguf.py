@@ -78,7 +78,8 @@ def test_every_format_becomes_a_file_with_the_same_bits(format, folders, tmp_pat
     out = capsys.readouterr().out
     assert run("verify", folders[format], target) == 0
     assert capsys.readouterr().out == "71 tensors, all equal to the bit\n"
-    assert "rounded" not in out and "chat template" not in out
+    assert "tensors rounded" not in out and "chat template" not in out
+    assert "llama.cpp rounds the YaRN ramp to whole dimensions" in out
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
     kinds = {name: place.type for name, place in read_header(target)[1].items()}
     packed = 39 if format in ("mxfp4", "openai") else 30
