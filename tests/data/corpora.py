@@ -1,5 +1,6 @@
 """Small corpora for the tests: documents of numbered tokens, written as indexed files."""
 
+import struct
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -59,3 +60,32 @@ def step_rows(loaders: Sequence[Loader], step: int) -> list[list[int]]:
 
 def first_batch(loader: Loader) -> Batch:
     return next(loader.micro_batches(0))
+
+
+def as_megatron_reads(prefix: Path) -> list[list[int]]:
+    """Documents of a .bin and .idx by the layout of Megatron-Core's reader, with struct alone.
+
+    Every byte of both files is accounted for: magic, version 1, dtype code, two counts, then
+    lengths, pointers and document indices; sequences lie in the .bin one after the other.
+    """
+    raw, data = (Path(f"{prefix}{end}").read_bytes() for end in (".idx", ".bin"))
+    assert raw[:9] == b"MMIDIDX\0\0"
+    version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, 9)
+    letter = {4: "i", 8: "H"}[code]
+    item = struct.calcsize(letter)
+    assert version == 1 and len(raw) == 34 + 12 * sequences + 8 * documents
+    lengths = struct.unpack_from(f"<{sequences}i", raw, 34)
+    pointers = struct.unpack_from(f"<{sequences}q", raw, 34 + 4 * sequences)
+    borders = struct.unpack_from(f"<{documents}q", raw, 34 + 12 * sequences)
+    assert borders[0] == 0 and borders[-1] == sequences and list(borders) == sorted(borders)
+    assert len(data) == item * sum(lengths)
+    end = 0
+    for length, pointer in zip(lengths, pointers, strict=True):
+        assert pointer == end
+        end += item * length
+    found = [
+        struct.unpack_from(f"<{n}{letter}", data, at)
+        for n, at in zip(lengths, pointers, strict=True)
+    ]
+    parts = [found[start:stop] for start, stop in pairwise(borders)]
+    return [[token for sequence in part for token in sequence] for part in parts]

@@ -16,7 +16,7 @@ from ossature.data import vocabulary
 from ossature.data.build import build
 from ossature.data.indexed import IndexedTokens
 from ossature.data.tokenizer import Tokenizer, load
-from tests.data.corpora import loader, rows
+from tests.data.corpora import as_megatron_reads, loader, rows
 
 SENTENCE = "the model reads a row of tokens and says which one is next <|end|>"
 WORDS = [*SENTENCE.split(), "\n"]
@@ -87,6 +87,8 @@ def test_the_folder_holds_every_document_in_order_with_its_end(built, tokenizer)
         found += [file.tokens(start, stop).tolist() for start, stop in pairwise(borders)]
 
     assert found == expected
+    splits = [as_megatron_reads(built / f"{split}_text_document") for split in manifest["splits"]]
+    assert [document for split in splits for document in split] == expected
     assert manifest["empty_documents"] == len(written) - len(expected) > 0
     shares = [manifest["splits"][split]["documents"] for split in ("train", "validation", "test")]
     assert shares == [round(len(expected) * n) - round(len(expected) * m)

@@ -21,7 +21,7 @@ from ossature.data.harmony import Rendering
 from ossature.data.indexed import IndexedTokens
 from ossature.data.tokenizer import load
 from tests.data.chats import conversations, data_chat, small_tokenizer, write_records
-from tests.data.corpora import loader
+from tests.data.corpora import as_megatron_reads, loader
 
 SEQ = 384
 
@@ -85,6 +85,8 @@ def test_every_conversation_is_there_once_with_its_mask(built, tokenizer):
     found = [document for split in splits for document in read(built, split)]
 
     assert sorted(found) == sorted(rendered(record, tokenizer) for record in RECORDS)
+    plain = [d for split in splits for d in as_megatron_reads(built / f"{split}_text_document")]
+    assert plain == [ids for ids, _ in found]
     sizes = [manifest(built)["splits"][split]["documents"] for split in splits]
     assert sizes == [96, 12, 12]
     # Drawn at random: the files are in every split.
