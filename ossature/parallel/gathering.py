@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ossature.config import ParallelConfig
 from ossature.parallel.shards import Group, Stage
-from ossature.parallel.sizes import GRADIENTS, Ledger
+from ossature.parallel.sizes import BRIEF, GRADIENTS, Bytes, Ledger
 
 SHARDS, GATHERED, BUFFERS = "gradients", "weights, gathered", "buffers of collectives"
 
@@ -20,6 +20,8 @@ class Sharding:
         self.m, self.axes = ledger, axes
         self.on_host = on_host
         """Weights, gradients and the optimizer are in other memory."""
+        self.stepped: Bytes = 0.0
+        """Bytes of a number while `LeanAdamW` steps it, by blocks of 4 Mi numbers."""
 
     def gather(self, stage: Stage, group: Group, forward: bool = False) -> None:
         m = self.m
@@ -147,3 +149,19 @@ class Masters(Sharding):
         if not group.has_shards:
             self.m.take(SHARDS, group.shards)
         group.has_shards = True
+
+
+class InBackward(Sharding):
+    """One rank alone, whose weights are computed with as they are, and stepped in the backward."""
+
+    def gather(self, stage: Stage, group: Group, forward: bool = False) -> None:
+        pass
+
+    def after(self, stage: Stage, group: Group, reduces: bool) -> None:
+        self.step(group, group.gradients - group.stepped)
+        group.stepped = 0.0
+
+    def step(self, group: Group, gradients: Bytes) -> None:
+        self.m.pass_by(BRIEF, self.stepped * min(2**22, group.largest_shard))
+        self.m.give(GRADIENTS, gradients)
+        group.stepped += gradients

@@ -18,7 +18,7 @@ from ossature.model.transformer import Transformer
 from ossature.parallel import activations as parts
 from ossature.parallel import ends
 from ossature.parallel.fsdp import alone
-from ossature.parallel.gathering import BUFFERS, Masters, Sharding
+from ossature.parallel.gathering import BUFFERS, InBackward, Masters, Sharding
 from ossature.parallel.orders import Action, actions
 from ossature.parallel.pipeline import splits_backward
 from ossature.parallel.shards import Group, Stage, StateBytes, Weight, divided
@@ -68,7 +68,12 @@ class Walk:
             for n in (stages_of(rank, axes) if axes.pp > 1 else [0])
         }
         kind = Masters if alone(math.prod(axis_sizes.values()), config) else Sharding
+        kind = InBackward if config.optim.in_backward else kind
         self.fsdp = kind(self.m, axes, self.on_host)
+        # Gradient, moments, the new weight and its divisor in fp32; random bits, and what they are
+        # added to; or shares of a group's largest number, and their 64-bit places in the table.
+        rounds = "bf16" in (config.optim.weights, config.optim.states)
+        self.fsdp.stepped = 4 * (5 + (5 if config.optim.states == "8bit" else 2 * rounds))
         self.rank = rank
         data_ranks = axis_sizes["dp_replicate"] * axis_sizes["dp_shard"]
         self.micro_batches = config.global_batch_tokens // (config.micro_batch_tokens * data_ranks)
@@ -89,7 +94,9 @@ class Walk:
         if self.on_host:
             return 0.0
         groups = [group for stage in self.stages.values() for group in stage.groups]
-        return sum(group.weights + group.shards + group.states for group in groups)
+        held = sum(group.weights + group.states for group in groups)
+        stepped = self.config.optim.in_backward
+        return held if stepped else held + sum(group.shards for group in groups)
 
     def use(self) -> Use:
         """The step, gone through; once."""
@@ -137,14 +144,14 @@ class Walk:
         """`LeanAdamW` computes in fp32, a block of a weight at a time; torch's AdamW in place."""
         optim = self.config.optim
         plain = (optim.states, optim.weights, optim.name) == ("fp32", "fp32", "adamw")
-        if plain or self.on_host:
+        if plain or self.on_host or optim.in_backward:
             return
         groups = [group for stage in self.stages.values() for group in stage.groups]
         largest = max(group.largest_shard for group in groups)
         if optim.name == "muon":
             self.m.pass_by(BRIEF, 6 * 4 * largest)
         else:
-            self.m.pass_by(BRIEF, 5 * 4 * min(2**22, largest))
+            self.m.pass_by(BRIEF, self.fsdp.stepped * min(2**22, largest))
 
     # Forward
 
@@ -215,6 +222,8 @@ class Walk:
         if stage.last:
             ends.head_backward(m, s, stage.head_gradient)
             m.take(GRADIENTS, stage.norm_gradient)
+            if isinstance(self.fsdp, InBackward):
+                self.fsdp.step(stage.root, stage.head_gradient + stage.norm_gradient)
         for n in reversed(range(len(stage.layers))):
             self.block_backward(stage, n, reduces)
         if not stage.last:

@@ -131,6 +131,8 @@ class Group:
         """Asked for ahead of time."""
         self.summed = False
         """Gradients of earlier micro-batches are there, as they are reduced."""
+        self.stepped: Bytes = 0.0
+        """Of its gradients, those that have been stepped while others are to come."""
         self.has_shards = False
         """And those that are reduced already."""
 

@@ -56,6 +56,9 @@ def measure(
             router.select = partial(_in_turn, router.select)
         weights = dict(model.named_parameters())
         optimizer = optim.build(weights.items(), config.optim, config.seed)
+        if in_backward := config.optim.in_backward:
+            assert isinstance(optimizer, optim.LeanAdamW)
+            optim.InBackward(optimizer)
         rank, ranks = meshes.data_rank(mesh)
         for _ in range(2):
             live.peak = live.bytes
@@ -67,6 +70,8 @@ def measure(
                 model, batches, counted, mesh, config.router, pipeline=pipeline,
                 axes=config.parallel,
             )  # fmt: skip
+            if in_backward:
+                continue
             norm = global_norm(weights.values(), mesh)
             scale_and_clip(weights.values(), norm, config.optim.clip, 1.0)
             optimizer.step()

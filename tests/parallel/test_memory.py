@@ -166,6 +166,18 @@ LAYOUTS = [
 
 
 @pytest.mark.slow
+def test_plans_of_one_rank_that_steps_in_backward_are_within_ten_percent():
+    lean = {
+        "optim__in_backward": True, "optim__clip": 0.0, "global_batch_tokens": 512,
+        "precision": "bf16", "optim__weights": "bf16",
+    }  # fmt: skip
+    runs = [run_of({}, **lean), run_of({}, **lean, optim__states="8bit", recompute="full")]
+    found = errors(1, runs)
+
+    assert max(map(abs, found)) < 0.1, found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_plans_of_many_layouts_are_within_ten_percent(world):
     configs = [config for ranks, config in LAYOUTS if ranks == world]

@@ -14,7 +14,7 @@ from ossature.parallel import plan, weights
 from ossature.parallel.fsdp import inference
 from ossature.parallel.launch import launched
 from ossature.train import step as steps
-from ossature.train.loss import language_model_loss
+from ossature.train.loss import language_model_loss, shift
 from tests.small_runs import TINY, part, ragged_batch, small_run
 
 
@@ -55,6 +55,13 @@ def test_loss_and_gradients_do_not_depend_on_the_split_into_micro_batches(sharde
             assert error < 1e-5, name
     means = [accumulate(sharded, [part(batch, n, n + 1)])[0].loss.item() for n in range(8)]
     assert sum(means) / 8 != pytest.approx(whole.loss.item(), rel=1e-3)
+
+
+def test_a_mask_names_the_tokens_that_are_learnt_and_not_the_places_that_predict_them():
+    tokens = torch.tensor([[11, 12, 13, 14, 15, 16]])
+    mask = torch.tensor([[True, False, True, True, False, True]])
+
+    assert shift(tokens, mask).tolist() == [[-100, 13, 14, -100, 16, -100]]
 
 
 def test_the_loss_is_the_public_loss_and_nothing_is_added_by_default(sharded):
