@@ -50,8 +50,7 @@ async def asked(service: Service, body: ChatBody) -> Asked:
     sampling = service.sampling(body, len(tokens) + len(header), most, body.top_logprobs or 0)
     answer = format_constraint(body.response_format, "response_format")
     find = await constraints(service, tools, answer)
-    service.check_load(sampling.samples)
-    return Asked([*tokens, *header], sampling, True, header, stops(body), find)
+    return Asked([[*tokens, *header]], sampling, True, header, stops(body), find)
 
 
 def _entry(message: dict[str, Any]) -> dict[str, Any]:

@@ -24,21 +24,25 @@ async def asked(service: Service, body: CompletionBody) -> Asked:
     service.check_model(body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise Refused(400, "best_of: only as many as n", "best_of")
-    prompt = body.prompt
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > 1:
-            raise Refused(400, "prompt: one a request; send the others beside it", "prompt")
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        tokens = await asyncio.to_thread(service.tokenizer.encode, prompt)
-    else:
-        tokens = [token for token in prompt if isinstance(token, int)]
-    if not tokens:
+    prompts = await asyncio.to_thread(_prompts, service, body.prompt)
+    if not prompts or not all(prompts):
         raise Refused(400, "prompt: it is empty", "prompt")
     most = body.max_tokens or MAX_TOKENS
-    sampling = service.sampling(body, len(tokens), most, body.logprobs or 0)
-    service.check_load(sampling.samples)
-    return Asked(tokens, replace(sampling, stop=stops(body)), chat=False)
+    sampling = service.sampling(body, max(map(len, prompts)), most, body.logprobs or 0)
+    return Asked(prompts, replace(sampling, stop=stops(body)), chat=False)
+
+
+def _prompts(
+    service: Service, prompt: str | list[str] | list[int] | list[list[int]]
+) -> list[list[int]]:
+    """Tokens of one prompt or of several, each a text or tokens."""
+    encode = service.tokenizer.encode
+    if isinstance(prompt, str):
+        return [encode(prompt)]
+    tokens = [part for part in prompt if isinstance(part, int)]
+    if tokens:
+        return [tokens]
+    return [encode(part) if isinstance(part, str) else part for part in prompt]  # type: ignore[misc]
 
 
 def _head(service: Service) -> dict[str, Any]:
@@ -72,7 +76,7 @@ async def whole(service: Service, body: CompletionBody, counted: Counted) -> dic
     """All texts at once."""
     choices: list[dict[str, Any]] = [
         {"index": n, "text": "", "logprobs": None, "finish_reason": None}
-        for n in range(body.n or 1)
+        for n in range(counted.texts.count)
     ]
     logprobs = [_Logprobs(service) for _ in choices]
     async for said in counted:
@@ -90,7 +94,7 @@ async def whole(service: Service, body: CompletionBody, counted: Counted) -> dic
 async def stream(service: Service, body: CompletionBody, counted: Counted) -> AsyncIterator[str]:
     """The texts in events."""
     head = _head(service)
-    logprobs = [_Logprobs(service) for _ in range(body.n or 1)]
+    logprobs = [_Logprobs(service) for _ in range(counted.texts.count)]
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
     def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:

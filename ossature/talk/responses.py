@@ -49,8 +49,7 @@ async def asked(service: Service, body: ResponsesBody) -> Asked:
     sampling = service.sampling(body, len(tokens) + len(header), body.max_output_tokens)
     answer = format_constraint(body.text.format if body.text else None, "text.format")
     find = await constraints(service, tools, answer)
-    service.check_load(1)
-    return Asked([*tokens, *header], sampling, True, header, (), find)
+    return Asked([[*tokens, *header]], sampling, True, header, (), find)
 
 
 def _entries(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

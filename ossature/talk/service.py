@@ -53,11 +53,15 @@ class Service:
                 404, f"model: there is no {name!r}, only {self.name!r}", "model", "model_not_found"
             )
 
-    def check_load(self, texts: int) -> None:
+    def check_load(self, prompts: int, n: int) -> None:
         """Refuse what would wait behind too many others."""
-        most = self.worker.engine.max_batch
-        if texts > most:
-            raise Refused(400, f"n ({texts}) must be at most {most}", "n")
+        most, texts = self.worker.engine.max_batch, prompts * n
+        if n > most:
+            raise Refused(400, f"n ({n}) must be at most {most}", "n")
+        if texts > most + self.max_queue:
+            raise Refused(
+                400, f"{texts} texts in one request: at most {most + self.max_queue}", "prompt"
+            )
         if self.worker.load + texts > most + self.max_queue:
             raise Refused(
                 429, f"the queue is full: {self.max_queue} texts wait", code="queue_full",
@@ -124,10 +128,14 @@ class Service:
 
     @asynccontextmanager
     async def texts(self, asked: Asked) -> AsyncIterator[Counted]:
-        """The texts of a request, which end when the context is left."""
+        """The texts of a request, which end when the context is left.
+
+        Nothing is waited for between the look at the queue and the place in it.
+        """
+        self.check_load(len(asked.prompts), asked.sampling.samples)
         with reading():
             texts = Texts(self.worker, self.tokenizer, asked)
-        counted = Counted(texts, self.metrics, len(asked.prompt))
+        counted = Counted(texts, self.metrics, sum(map(len, asked.prompts)))
         try:
             yield counted
         finally:

@@ -33,11 +33,11 @@ class Asked:
     """What is asked of the engine.
 
     Args:
-        prompt: tokens.
-        sampling: of each text; `samples` is how many.
+        prompts: tokens of each; texts are numbered through all of them.
+        sampling: of each text; `samples` is how many for each prompt.
     """
 
-    prompt: Sequence[int]
+    prompts: Sequence[Sequence[int]]
     sampling: SamplingOptions
     chat: bool
     """Whether the texts are harmony, after `<|start|>assistant`."""
@@ -66,6 +66,7 @@ class Said(NamedTuple):
 @dataclass
 class _Text:
     index: int
+    prompt: Sequence[int]
     reader: Reader | None
     until: Until
     tokens: list[int] = field(default_factory=list)
@@ -86,24 +87,30 @@ class Texts:
         self._worker, self._tokenizer, self._asked = worker, tokenizer, asked
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
-        self._texts = [self._text(n) for n in range(asked.sampling.samples)]
+        samples = asked.sampling.samples
+        self._texts = [
+            self._text(n, asked.prompts[n // samples]) for n in range(len(asked.prompts) * samples)
+        ]
         self._of: dict[tuple[int, int], _Text] = {}
+        self.count = len(self._texts)
         self.generated = 0
         """Tokens so far, of all texts."""
         self.reasoning = 0
         """Tokens of the channel analysis among them."""
-        together = asked.constraint is None and not asked.stop  # the prompt is then read once
+        together = asked.constraint is None and not asked.stop  # a prompt is then read once
         try:
-            if together:
-                self._submit(self._texts, asked.prompt, asked.sampling)
-                return
-            for text in self._texts:
-                sampling = replace(asked.sampling, samples=1)
-                if sampling.seed is not None:
-                    sampling = replace(sampling, seed=sampling.seed + text.index * NEXT_SEED)
-                sampling = replace(sampling, constraint=self._constraint(text))
-                text.constrained = sampling.constraint is not None
-                self._submit([text], asked.prompt, sampling)
+            for first in range(0, len(self._texts), samples):
+                texts = self._texts[first : first + samples]
+                if together:
+                    self._submit(texts, texts[0].prompt, asked.sampling)
+                    continue
+                for sample, text in enumerate(texts):
+                    sampling = replace(asked.sampling, samples=1)
+                    if sampling.seed is not None:
+                        sampling = replace(sampling, seed=sampling.seed + sample * NEXT_SEED)
+                    sampling = replace(sampling, constraint=self._constraint(text))
+                    text.constrained = sampling.constraint is not None
+                    self._submit([text], text.prompt, sampling)
         except BaseException:
             self.close()
             raise
@@ -138,9 +145,9 @@ class Texts:
             for said in self._take(text, event):
                 yield said
 
-    def _text(self, index: int) -> _Text:
+    def _text(self, index: int, prompt: Sequence[int]) -> _Text:
         reader = Reader(self._tokenizer, self._asked.header) if self._asked.chat else None
-        return _Text(index, reader, Until(self._asked.stop))
+        return _Text(index, prompt, reader, Until(self._asked.stop))
 
     def _submit(
         self, texts: Sequence[_Text], prompt: Sequence[int], sampling: SamplingOptions
@@ -218,6 +225,7 @@ class Texts:
             self._asked.sampling, samples=1, constraint=constraint, max_new_tokens=left
         )
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + text.index * NEXT_SEED + 1)
+            sample = text.index % self._asked.sampling.samples
+            sampling = replace(sampling, seed=sampling.seed + sample * NEXT_SEED + 1)
         text.constrained = True
-        self._submit([text], [*self._asked.prompt, *text.tokens], sampling)
+        self._submit([text], [*text.prompt, *text.tokens], sampling)

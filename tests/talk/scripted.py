@@ -9,7 +9,7 @@ from torch import nn
 
 from ossature.data import vocabulary
 from ossature.data.tokenizer import Tokenizer
-from ossature.model.cache import Prompt
+from ossature.model.cache import Cache, Prompt
 from tests.small_runs import TINY
 
 THINK = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
@@ -44,6 +44,7 @@ class Scripted(nn.Module):
         self.rows: dict[int, list[int]] = {}
         self.prompts: dict[int, int] = {}
         self.passes = 0
+        self.watched: set[Cache] = set()
         self.eval()
 
     def forward(self, tokens: torch.Tensor, cache) -> torch.Tensor:
@@ -53,17 +54,28 @@ class Scripted(nn.Module):
             seen = self.rows.get(cache.row, []) if cache.first else []
             self.rows[cache.row] = seen + tokens[0].tolist()
             self.prompts[cache.row] = len(self.rows[cache.row])
-            self.last = cache.row
+            self._watch(cache.cache)
             return self._logits([cache.row])
         for row, token, length in zip(
             cache.rows, tokens[:, 0].tolist(), cache.lengths, strict=False
         ):
-            if len(self.rows.get(row, [])) != length - 1:  # the engine has copied a prompt
-                self.rows[row] = self.rows[self.last][: length - 1]
-                self.prompts[row] = length - 1
+            assert len(self.rows[row]) == length - 1
             self.rows[row] = [*self.rows[row], token]
         logits = self._logits(cache.rows)
         return torch.cat([logits, logits[:1].expand(cache.fill, -1, -1)])
+
+    def _watch(self, cache: Cache) -> None:
+        """Copy what the engine copies for several samples of a prompt."""
+        if cache in self.watched:
+            return
+        self.watched.add(cache)
+        copy = cache.copy
+
+        def both(row: int, to: int) -> None:
+            self.rows[to], self.prompts[to] = self.rows[row], self.prompts[row]
+            copy(row, to)
+
+        cache.copy = both  # type: ignore[method-assign]
 
     def _logits(self, rows: list[int]) -> torch.Tensor:
         logits = torch.full((len(rows), 1, self.vocab), -50.0)

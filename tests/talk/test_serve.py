@@ -303,6 +303,20 @@ def test_completions(there):
     assert create(model="toy", prompt="a").choices[0].finish_reason == "length"  # after 16
 
 
+def test_several_prompts_in_one_request(there):
+    create = there.client.completions.create
+    found = create(model="toy", prompt=["a", "b"], max_tokens=99, n=2)
+    ids = [tokenizer().encode(text) for text in ("a", "b")]
+    streamed = {n: "" for n in range(2)}
+    for chunk in create(model="toy", prompt=ids, max_tokens=99, stream=True, stop="zzz"):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+
+    texts = [choice.text for choice in found.choices]
+    assert [text[-4:] for text in texts] == ["to a", "to a", "to b", "to b"]
+    assert list(streamed.values()) == texts[::2]
+    assert found.usage.prompt_tokens == 2
+
+
 def test_models(there):
     assert [model.id for model in there.client.models.list()] == ["toy"]
     assert there.client.models.retrieve("toy").id == "toy"
