@@ -12,7 +12,7 @@ import pytest
 
 from tests.golden import ROOT
 from tests.talk.scripted import answer, last_question
-from tests.talk.serving import KEY, serving, until
+from tests.talk.serving import KEY, released, serving, until
 
 USER = [{"role": "user", "content": "one"}]
 BODY = {"model": "toy", "messages": USER}
@@ -61,6 +61,7 @@ def test_too_many_are_told_to_come_back():
     with (
         serving(lambda p: answer("yes"), go.wait, max_batch=1, max_queue=1) as there,
         concurrent.futures.ThreadPoolExecutor() as pool,
+        released(go),
     ):
 
         def ask():
@@ -159,6 +160,7 @@ def test_a_server_that_ends_answers_whom_it_let_in_and_nobody_else():
     with (
         serving(lambda p: answer("yes"), go.wait) as there,
         concurrent.futures.ThreadPoolExecutor() as pool,
+        released(go),
     ):
         first = pool.submit(
             lambda: there.client.chat.completions.create(model="toy", messages=USER)
