@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     if options.regex and options.json_schema:
         raise ValueError("sample: --regex and --json-schema exclude each other")
     sampling = _sampling(options, ())
-    folders = _adapters(options.adapter)
+    folders = adapter_folders(options.adapter)
 
     import torch
 
@@ -120,7 +120,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _adapters(words: tuple[str, ...]) -> dict[str, Path]:
+def adapter_folders(words: tuple[str, ...]) -> dict[str, Path]:
+    """Folders by name, of words NAME=FOLDER."""
     found: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")

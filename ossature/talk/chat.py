@@ -59,6 +59,10 @@ class ChatOptions:
     """Such as "cpu" or "cuda:0"; empty takes a GPU if there is one."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of weights and computation."""
+    experts: Literal["plain", "mxfp4"] = "plain"
+    """"mxfp4" keeps the experts of a folder that has them so packed: a quarter of the memory."""
+    adapter: str = ""
+    """Folder of an adapter that is put on the model."""
 
     def __post_init__(self) -> None:
         if self.resume and not self.history:
@@ -87,8 +91,7 @@ A line that ends in \\ goes on in the next.  Ctrl-C stops an answer."""
 
 def main(argv: list[str]) -> int:
     options = parse(ChatOptions, argv, prog="ossature chat")
-    from ossature.data.harmony import Conversation, Rendering, check
-    from ossature.data.tokenizer import load as load_tokenizer
+    from ossature.data.harmony import Conversation, Rendering
     from ossature.parallel.environment import environment
     from ossature.talk.history import History
     from ossature.talk.terminal import Screen
@@ -107,33 +110,30 @@ def main(argv: list[str]) -> int:
         chat = replace(chat, tools=read_tools(Path(options.tools)))
     program = Program(options.run_tools, chat.tools) if options.run_tools else None
 
-    import torch
-
-    from ossature.convert.folder import resolve
-    from ossature.convert.open import open_model
+    from ossature.convert.model import load_adapter
     from ossature.parallel.launch import launched
     from ossature.sample.command import stop_ids
     from ossature.sample.engine import Engine
     from ossature.sample.options import SamplingOptions
+    from ossature.talk.opening import find_tokenizer, open_to_talk
     from ossature.talk.session import Session, instructed
 
-    folder = resolve(options.folder)
-    if not options.tokenizer and not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder}: no tokenizer.json beside the weights; say which one with --tokenizer"
-        )
-    tokenizer = load_tokenizer(options.tokenizer or str(folder))
-    check(tokenizer)
+    tokenizer = find_tokenizer(options.folder, options.tokenizer)
     if options.instructions:
         chat = instructed(chat, options.instructions)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     sampling = SamplingOptions(
         temperature=options.temperature, top_p=options.top_p, seed=options.seed,
         max_new_tokens=options.max_new_tokens,
     )  # fmt: skip
     date = options.date or datetime.date.today().isoformat()
     with launched() as ranks:
-        model = open_model(folder, ParallelConfig(), dtype, ranks, options.device or None)
+        model = open_to_talk(
+            options.folder, ParallelConfig(), options.dtype, ranks, options.device,
+            options.experts, bool(options.adapter),
+        )  # fmt: skip
+        if options.adapter:
+            load_adapter(model, options.adapter)
+            model.eval()
         ends = tuple(sorted(stop_ids(tokenizer.special, model.config.eos_token_id)))
         session = Session(
             Engine(model, max_batch=1, max_tokens=options.context, tokenizer=tokenizer),

@@ -28,7 +28,7 @@ REASONS = {"stop": "stop", "length": "length", "call": "tool_calls"}
 
 async def asked(service: Service, body: ChatBody) -> Asked:
     """What a body asks of the engine."""
-    service.check_model(body.model)
+    adapter = service.adapter(body.model)
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else ""
     choice = body.tool_choice if isinstance(body.tool_choice, str) else "auto"
     functions = [t.function.model_dump(exclude_none=True) for t in body.tools or []]
@@ -50,7 +50,7 @@ async def asked(service: Service, body: ChatBody) -> Asked:
     sampling = service.sampling(body, len(tokens) + len(header), most, body.top_logprobs or 0)
     answer = format_constraint(body.response_format, "response_format")
     find = await constraints(service, tools, answer)
-    return Asked([[*tokens, *header]], sampling, True, header, stops(body), find)
+    return Asked([[*tokens, *header]], sampling, adapter, True, header, stops(body), find)
 
 
 def _entry(message: dict[str, Any]) -> dict[str, Any]:
@@ -112,10 +112,10 @@ class _Deltas:
         }  # fmt: skip
 
 
-def _head(service: Service, kind: str) -> dict[str, Any]:
+def _head(body: ChatBody, kind: str) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{uuid4().hex}", "object": kind, "created": int(time.time()),
-        "model": service.name,
+        "model": body.model,
     }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ async def whole(service: Service, body: ChatBody, counted: Counted) -> dict[str,
             choice["logprobs"]["content"] += deltas.logprobs(said)
         if said.finished:
             choice["finish_reason"] = REASONS[said.finished]
-    return _head(service, "chat.completion") | {"choices": choices, "usage": counted.usage()}
+    return _head(body, "chat.completion") | {"choices": choices, "usage": counted.usage()}
 
 
 def _add(message: dict[str, Any], delta: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ def _add(message: dict[str, Any], delta: dict[str, Any]) -> None:
 async def stream(service: Service, body: ChatBody, counted: Counted) -> AsyncIterator[str]:
     """The answer in events."""
     deltas = _Deltas(body, service.tokenizer)
-    head = _head(service, "chat.completion.chunk")
+    head = _head(body, "chat.completion.chunk")
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
     def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> str:

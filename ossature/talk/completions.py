@@ -21,7 +21,7 @@ MAX_TOKENS = 16
 
 async def asked(service: Service, body: CompletionBody) -> Asked:
     """What a body asks of the engine."""
-    service.check_model(body.model)
+    adapter = service.adapter(body.model)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise Refused(400, "best_of: only as many as n", "best_of")
     prompts = await asyncio.to_thread(_prompts, service, body.prompt)
@@ -29,7 +29,7 @@ async def asked(service: Service, body: CompletionBody) -> Asked:
         raise Refused(400, "prompt: it is empty", "prompt")
     most = body.max_tokens or MAX_TOKENS
     sampling = service.sampling(body, max(map(len, prompts)), most, body.logprobs or 0)
-    return Asked(prompts, replace(sampling, stop=stops(body)), chat=False)
+    return Asked(prompts, replace(sampling, stop=stops(body)), adapter, chat=False)
 
 
 def _prompts(
@@ -45,10 +45,10 @@ def _prompts(
     return [encode(part) if isinstance(part, str) else part for part in prompt]  # type: ignore[misc]
 
 
-def _head(service: Service) -> dict[str, Any]:
+def _head(body: CompletionBody) -> dict[str, Any]:
     return {
         "id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time()),
-        "model": service.name,
+        "model": body.model,
     }  # fmt: skip
 
 
@@ -88,12 +88,12 @@ async def whole(service: Service, body: CompletionBody, counted: Counted) -> dic
                 choice["logprobs"].setdefault(key, []).extend(values)
         if said.finished:
             choice["finish_reason"] = said.finished
-    return _head(service) | {"choices": choices, "usage": counted.usage()}
+    return _head(body) | {"choices": choices, "usage": counted.usage()}
 
 
 async def stream(service: Service, body: CompletionBody, counted: Counted) -> AsyncIterator[str]:
     """The texts in events."""
-    head = _head(service)
+    head = _head(body)
     logprobs = [_Logprobs(service) for _ in range(counted.texts.count)]
     with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 

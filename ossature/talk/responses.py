@@ -29,7 +29,7 @@ Event = dict[str, Any]
 
 async def asked(service: Service, body: ResponsesBody) -> Asked:
     """What a body asks of the engine."""
-    service.check_model(body.model)
+    adapter = service.adapter(body.model)
     named = body.tool_choice.name if isinstance(body.tool_choice, FlatNamedTool) else ""
     choice = body.tool_choice if isinstance(body.tool_choice, str) else "auto"
     functions = [t.model_dump(exclude_none=True, exclude={"type"}) for t in body.tools or []]
@@ -49,7 +49,7 @@ async def asked(service: Service, body: ResponsesBody) -> Asked:
     sampling = service.sampling(body, len(tokens) + len(header), body.max_output_tokens)
     answer = format_constraint(body.text.format if body.text else None, "text.format")
     find = await constraints(service, tools, answer)
-    return Asked([[*tokens, *header]], sampling, True, header, (), find)
+    return Asked([[*tokens, *header]], sampling, adapter, True, header, (), find)
 
 
 def _entries(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -149,7 +149,7 @@ class _Item:
 
 async def events(service: Service, body: ResponsesBody, counted: Counted) -> AsyncIterator[Event]:
     """Everything that happens; the last event has the whole response."""
-    response = _head(service, body)
+    response = _head(body)
     yield {"type": "response.created", "response": dict(response)}
     yield {"type": "response.in_progress", "response": dict(response)}
     items: list[_Item] = []
@@ -193,11 +193,11 @@ def _steps(said: Said, items: list[_Item]) -> Iterator[Event]:
             yield from items[-1].end("incomplete" if said.finished == "length" else "completed")
 
 
-def _head(service: Service, body: ResponsesBody) -> dict[str, Any]:
+def _head(body: ResponsesBody) -> dict[str, Any]:
     given = body.model_dump(by_alias=True, exclude_none=True)
     return {
         "id": f"resp_{uuid4().hex}", "object": "response", "created_at": int(time.time()),
-        "status": "in_progress", "model": service.name, "output": [], "error": None,
+        "status": "in_progress", "model": body.model, "output": [], "error": None,
         "incomplete_details": None, "usage": None, "parallel_tool_calls": False, "store": False,
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
         "metadata": body.metadata or {}, "previous_response_id": None,

@@ -57,6 +57,10 @@ class ServeOptions:
     """Such as "cpu" or "cuda:0"; empty takes a GPU if there is one."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and computation."""
+    experts: Literal["plain", "mxfp4"] = "plain"
+    """"mxfp4" keeps the experts of a folder that has them so packed: a quarter of the memory."""
+    adapter: tuple[str, ...] = ()
+    """NAME=FOLDER: adapters of this model, each served as a model of that name."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the model is divided over the ranks that torchrun starts."""
 
@@ -95,30 +99,27 @@ def main(argv: list[str]) -> int:
 
 def serve(options: ServeOptions, ranks: Ranks) -> int:
     """Serve until the process is told to end; the status it ends with."""
-    import torch
-
-    from ossature.convert.folder import resolve
-    from ossature.convert.open import open_model
-    from ossature.data.harmony import check
-    from ossature.data.tokenizer import load as load_tokenizer
-    from ossature.sample.command import stop_ids
+    from ossature.convert.model import with_adapter
+    from ossature.sample.command import adapter_folders, stop_ids
     from ossature.sample.engine import Engine
+    from ossature.talk.opening import find_tokenizer, open_to_talk
 
-    folder = resolve(options.folder)
-    if not options.tokenizer and not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder}: no tokenizer.json beside the weights; say which one with --tokenizer"
-        )
-    tokenizer = load_tokenizer(options.tokenizer or str(folder))
-    check(tokenizer)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    model = open_model(folder, options.parallel, dtype, ranks, options.device or None)
+    folders = adapter_folders(options.adapter)
+    name = options.name or options.folder.resolve().name
+    if name in folders:
+        raise ValueError(f"adapter: {name} is the name of the model itself; see --name")
+    tokenizer = find_tokenizer(options.folder, options.tokenizer)
+    model = open_to_talk(
+        options.folder, options.parallel, options.dtype, ranks, options.device, options.experts,
+        bool(folders),
+    )  # fmt: skip
     engine = Engine(
         model,
         max_batch=options.max_batch,
         max_tokens=options.max_tokens or 4 * options.context,
         tokenizer=tokenizer,
         lockstep=ranks.world > 1,
+        adapters={name: with_adapter(model, folder) for name, folder in folders.items()},
     )
     if not ranks.first:
         for number in (signal.SIGTERM, signal.SIGINT):  # the first one tells when to end
@@ -138,7 +139,7 @@ def serve(options: ServeOptions, ranks: Ranks) -> int:
     service = Service(
         Worker(engine),
         tokenizer,
-        options.name or options.folder.resolve().name,
+        name,
         tuple(sorted(stop_ids(tokenizer.special, model.config.eos_token_id))),
         options.context,
         options.max_queue,

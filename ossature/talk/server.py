@@ -76,12 +76,12 @@ def application(service: Service, api_key: str, max_body_bytes: int) -> Gate:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+        return {"object": "list", "data": [_model(service, name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return _model(service)
+        service.adapter(name)
+        return _model(service, name)
 
     @app.get("/health")
     async def health(request: Request) -> JSONResponse:
@@ -120,10 +120,10 @@ def application(service: Service, api_key: str, max_body_bytes: int) -> Gate:
     return Gate(app, service, api_key)
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": service.name, "object": "model", "created": service.created, "owned_by": "ossature",
-        "max_model_len": service.context,
+        "id": name, "object": "model", "created": service.created, "owned_by": "ossature",
+        "max_model_len": service.context, "parent": None if name == service.name else service.name,
     }  # fmt: skip
 
 

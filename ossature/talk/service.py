@@ -47,11 +47,19 @@ class Service:
     _grammars: Grammars | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def check_model(self, name: str) -> None:
-        if name != self.name:
+    @property
+    def names(self) -> list[str]:
+        """The model's, and those of its adapters."""
+        return [self.name, *filter(None, self.worker.engine.models)]
+
+    def adapter(self, name: str) -> str:
+        """The engine's adapter behind the name of a model; empty: the model as it is."""
+        if name not in self.names:
+            known = ", ".join(self.names)
             raise Refused(
-                404, f"model: there is no {name!r}, only {self.name!r}", "model", "model_not_found"
+                404, f"model: there is no {name!r}, only {known}", "model", "model_not_found"
             )
+        return "" if name == self.name else name
 
     def check_load(self, prompts: int, n: int) -> None:
         """Refuse what would wait behind too many others."""

@@ -39,6 +39,8 @@ class Asked:
 
     prompts: Sequence[Sequence[int]]
     sampling: SamplingOptions
+    adapter: str
+    """Of the engine's; empty: the model as it is."""
     chat: bool
     """Whether the texts are harmony, after `<|start|>assistant`."""
     header: Sequence[int] = ()
@@ -156,7 +158,7 @@ class Texts:
             with contextlib.suppress(RuntimeError):  # the server has ended, and its loop
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
 
-        ticket = self._worker.submit(Request(prompt, sampling), sink)
+        ticket = self._worker.submit(Request(prompt, sampling, self._asked.adapter), sink)
         for sample, text in enumerate(texts):
             self._of[ticket, sample], text.ticket = text, ticket
 

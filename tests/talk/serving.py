@@ -56,11 +56,12 @@ def until(holds: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def scripted_service(
-    model: Scripted, max_batch: int = 4, max_queue: int = 8, context: int = 1500
+    model: Scripted, max_batch: int = 4, max_queue: int = 8, context: int = 1500, adapters=None
 ) -> Service:
     engine = Engine(
-        model, max_batch=max_batch, max_tokens=max_batch * context, tokenizer=tokenizer()
-    )
+        model, max_batch=max_batch, max_tokens=max_batch * context, tokenizer=tokenizer(),
+        adapters=adapters,
+    )  # fmt: skip
     ends = tuple(sorted(stop_ids(tokenizer().special, None)))
     return Service(
         Worker(engine), tokenizer(), "toy", ends, context, max_queue, date="2025-06-28"
@@ -77,7 +78,7 @@ def serving(
 
 @contextmanager
 def serving_model(
-    model: Scripted, key: str = KEY, max_body_bytes: int = 40_000, **sizes: int
+    model: Scripted, key: str = KEY, max_body_bytes: int = 40_000, **sizes
 ) -> Iterator[Serving]:
     service = scripted_service(model, **sizes)
     gate = application(service, key, max_body_bytes)

@@ -93,7 +93,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
     assert out.endswith("\n[stopped]\n") and 0 < out.count("word") < 100
     assert signal.getsignal(signal.SIGINT) is before and not talk.engine.busy
     assert said(talk)[-1][0] == "final" and said(talk)[-1][1].startswith("word")
-    talk.engine.model.says = lambda prompt: answer("again")  # type: ignore[assignment]
+    talk.engine.models[""].says = lambda prompt: answer("again")  # type: ignore[assignment]
     talk.ask("two")
     assert said(talk)[-1] == ("final", "again")
 

@@ -10,9 +10,11 @@ import httpx
 import openai
 import pytest
 
+from ossature.cli import main
+from ossature.talk.running import listen
 from tests.golden import ROOT
-from tests.talk.scripted import answer, last_question
-from tests.talk.serving import KEY, released, serving, until
+from tests.talk.scripted import Scripted, answer, last_question
+from tests.talk.serving import KEY, released, serving, serving_model, until
 
 USER = [{"role": "user", "content": "one"}]
 BODY = {"model": "toy", "messages": USER}
@@ -97,7 +99,7 @@ def test_a_client_that_goes_away_frees_its_place(stream):
         there.idle()
         engine = there.service.worker.engine
         until(lambda: engine.used_tokens == 0 and engine.running == 0)
-        assert engine.model.passes < 20_000  # it was not written to its end
+        assert engine.models[""].passes < 20_000  # it was not written to its end
         assert there.service.metrics.gone._value.get() == 1
         until(lambda: there.gate.inside == 0)
 
@@ -250,3 +252,41 @@ def test_sigterm_under_load_loses_nobody():
     assert server.returncode == 0, err
     assert f"answered {answered} requests, left 0" in err
     assert answered >= 16 and answered < 60, outcomes
+
+
+def test_adapters_are_models_by_name():
+    base, other = Scripted(lambda p: answer("base")), Scripted(lambda p: answer("other"))
+    with serving_model(base, adapters={"tuned": other}) as there:
+        create = there.client.chat.completions.create
+        found = {name: create(model=name, messages=USER) for name in ("toy", "tuned")}
+
+        assert {n: (f.model, f.choices[0].message.content) for n, f in found.items()} == {
+            "toy": ("toy", "base"), "tuned": ("tuned", "other"),
+        }  # fmt: skip
+        assert [model.id for model in there.client.models.list()] == ["toy", "tuned"]
+        response = there.client.responses.create(model="tuned", input="one")
+        assert (response.model, response.output_text) == ("tuned", "other")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "no-model: no such folder"),
+        (["--context", "0"], "context (0) must be 1 or more"),
+        (["--port", "70000"], "port (70000) must be between 0 and 65535"),
+        (["--adapter", "a"], "adapter (a) must be NAME=FOLDER"),
+        (["--adapter", "no-model=x"], "no-model is the name of the model itself"),
+        (["--max-tokens", "5"], "max_tokens (5) must be at least context (8192)"),
+    ],
+)
+def test_mistakes_at_the_start_are_one_line(words, message, capsys):
+    assert main(["serve", "no-model", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_told():
+    with serving(lambda p: answer("yes")) as there:
+        port = int(there.url.rpartition(":")[2])
+        with pytest.raises(OSError, match=f"127.0.0.1:{port}: cannot listen there"):
+            listen("127.0.0.1", port)
