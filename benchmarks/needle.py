@@ -38,7 +38,7 @@ def bound(shape, length: int, item: int) -> int:
     token += 3 * heads * shape.head_dim * item
     token += 2 * shape.sliding_window * (item + 2)
     token += (
-        3 * shape.num_experts_per_tok * (shape.hidden_size + 3 * shape.intermediate_size) * item
+        2 * shape.num_experts_per_tok * (shape.hidden_size + 3 * shape.intermediate_size) * item
     )
     return length * (token + 16 * 8) + EXTRA
 

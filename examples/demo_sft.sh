@@ -18,6 +18,8 @@ run() {
     "$@"
 }
 
+ask() { run ossature eval "$@" --tasks "$out/chats/questions.jsonl" harmony --chat --max-new-tokens 32; }
+
 heading "1  Conversations -> packed rows in harmony, and which tokens are learnt"
 run python examples/make_chats.py "$out/chats"
 run ossature data chat "$out/chats/train.jsonl" --output "$out/chat-data" --seq-len 576 \
@@ -25,19 +27,19 @@ run ossature data chat "$out/chats/train.jsonl" --output "$out/chat-data" --seq-
 run ossature data show "$out/chat-data" --index 0
 
 heading "2  Before: the model has seen nothing but Python"
-run python examples/exact_match.py "$base" "$out/chats/questions.jsonl"
+ask "$base"
 
 heading "3  All weights"
 run ossature train configs/debug_sft.toml --run "$out/sft" --init "$base" \
     --data.path "$out/chat-data" --log.every-steps 20
-run python examples/exact_match.py "$out/sft" "$out/chats/questions.jsonl"
+ask "$out/sft"
 
 heading "4  LoRA, on attention and every expert"
 run ossature train configs/debug_lora.toml --run "$out/lora" --init "$base" \
     --data.path "$out/chat-data" --log.every-steps 20
-run python examples/exact_match.py "$base" "$out/chats/questions.jsonl" --adapter "$out/lora"
+ask "$base" --adapter "$out/lora"
 
 heading "5  The adapter alone for PEFT, and merged for transformers and vLLM"
 run ossature convert "$out/lora" "$out/adapter" --to peft
 run ossature merge "$base" "$out/lora" "$out/merged" --to bf16
-run python examples/exact_match.py "$out/merged" "$out/chats/questions.jsonl"
+ask "$out/merged"

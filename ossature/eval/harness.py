@@ -92,6 +92,8 @@ class OssatureLM(TemplateLM):
         if subject is None:
             # "auto" has no meaning here: rows are batched by their tokens.
             word = str(batch_size)
+            if device == "cuda:0" and not torch.cuda.is_available():
+                device = None  # the harness's command line says so where nobody said anything
             batch = int(word) if word.isdigit() else EvalOptions.batch
             options = EvalOptions(
                 folder=Path(folder), dtype=dtype, cache=Path(cache) if cache else None,  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,76 @@ def test_the_harness_finds_the_same_as_for_transformers(both, task):
     a, b = (found["results"][task] for found in both)
     numbers = [key for key, value in a.items() if isinstance(value, float)]
     assert numbers and all(a[key] == pytest.approx(b[key], rel=1e-5) for key in numbers)
+
+
+def test_a_chat_is_written_in_harmony_and_only_the_answer_is_graded(subject, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    from ossature.data.harmony import encode, render
+    from ossature.eval.chat import RENDERING
+    from ossature.eval.harness import OssatureLM
+    from ossature.sample.engine import Completion
+    from tests.eval.test_tasks import answer
+
+    model = OssatureLM(subject=subject)
+    context = model.apply_chat_template([{"role": "user", "content": "the door?"}])
+    assert context.endswith("<|start|>user<|message|>the door?<|end|><|start|>assistant")
+    assert "Reasoning: low" in context
+    tokens = model.tok_encode(context)
+    assert tokens.count(subject.tokenizer.special["<|start|>"]) == 3
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert model.apply_chat_template(begun, add_generation_prompt=False).endswith("<|message|>b")
+
+    pieces = render(answer(("analysis", "red? blue"), ("final", "blue, I say")), RENDERING)
+    start = next(n for n, piece in enumerate(pieces) if piece.message == 0) + 2
+    said, _ = encode(pieces[start:], [False] * (len(pieces) - start), subject.tokenizer)
+    asked = []
+
+    def texts(self, requests, what=""):
+        asked.extend(requests)
+        return [[Completion(tokens=said)] for _ in requests]
+
+    monkeypatch.setattr(type(subject), "texts", texts)
+    wanted = {"until": [","], "max_gen_toks": 9}
+    request = Instance("generate_until", {}, (context, wanted), 0)
+    assert model.generate_until([request]) == ["blue"]
+    special = subject.tokenizer.special
+    assert asked[0].options.stop == ()  # it would end the analysis too
+    assert set(asked[0].options.stop_ids) == {special["<|return|>"], special["<|call|>"]}
+    plain = Instance("generate_until", {}, ("the door", {"until": [","], "frequency": 3}), 0)
+    with pytest.raises(ValueError, match="generation_kwargs: 'frequency' has no meaning here"):
+        model.generate_until([plain])
+
+
+def test_the_command_asks_the_harness_and_keeps_its_items(folder, tasks, tmp_path, capsys, both):
+    from ossature.cli import main
+
+    output = tmp_path / "a.json"
+    argv = ["eval", str(folder), "--tasks", *NAMES, "--include-path", str(tasks)]
+    assert main([*argv, "--output", str(output)]) == 0
+    made = json.loads(output.read_text())["tasks"]
+    for task in NAMES:
+        results = both[1]["results"][task]
+        for metric, found in made[task]["metrics"].items():
+            assert found["value"] == pytest.approx(results[f"{metric},none"], rel=1e-6)
+    assert len(made["local_choices"]["items"]["acc"]["values"]) == 12
+    assert main(["eval", "--compare", str(output), str(output)]) == 0
+    assert main(["eval", str(folder), "--tasks", "no_such_task"]) == 2
+    assert "tasks: no_such_task is neither arithmetic, " in capsys.readouterr().err
+
+
+def test_lm_evals_own_command_line_knows_the_model(folder, tasks):
+    """In a process of its own, without network."""
+    import os
+    import subprocess
+    import sys
+
+    words = [sys.executable, "-m", "ossature.eval.harness", "run", "--model", "ossature"]
+    words += ["--model_args", f"folder={folder}", "--tasks", "local_choices"]
+    words += ["--include_path", str(tasks), "--limit", "2"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "|local_choices|" in done.stdout
