@@ -34,6 +34,8 @@ from ossature.sample.generate import generate
 TEXT_PROMPTS = ("def ",)
 QUESTIONS = 2
 """Taken from chat data when `sample.prompts` is empty."""
+LOOKED_AT = 100
+"""Conversations among which they are looked for."""
 
 
 def samples(
@@ -82,18 +84,39 @@ def asked(folder: Path, texts: Sequence[str], tokenizer: Tokenizer) -> list[list
 
 
 def questions(folder: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """Conversations of the validation split, or of the training split if that is empty, up to
-    where the assistant is to speak first."""
-    corpus = next(c for c in (open_corpus(folder, s) for s in ("validation", "train"))
-                  if c.num_documents)  # fmt: skip
+    """The first conversations of the validation split, or of the training split if that is empty,
+    up to where the assistant is to speak first.
+
+    Raises:
+        ValueError: none of the first hundred gets that far: they were cut before.
+    """
+    corpora = (open_corpus(folder, split) for split in ("validation", "train"))
+    corpus = next(corpus for corpus in corpora if corpus.num_documents)
     cue = [tokenizer.special[START], *tokenizer.encode("assistant")]
     found = []
-    for number in range(min(QUESTIONS, corpus.num_documents)):
+    for number in range(min(LOOKED_AT, corpus.num_documents)):
         file = corpus.file
         ids = file.tokens(file.document_start(number), file.document_start(number + 1)).tolist()
-        ends = (n + len(cue) for n in range(len(ids)) if ids[n : n + len(cue)] == cue)
-        found.append(ids[: next(ends, len(ids))])
+        starts = (n for n in range(len(ids)) if ids[n : n + len(cue)] == cue)
+        if (start := next(starts, None)) is not None:
+            found.append(ids[: start + len(cue)])
+        if len(found) == QUESTIONS:
+            break
+    if not found:
+        raise ValueError(
+            f"{folder}: the first conversations of split {corpus.split} have no question to sample "
+            "from: give sample.prompts"
+        )
     return found
+
+
+def check_prompts(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
+    """Find out before a run begins whether there is something to sample from."""
+    if tokenizer is None:
+        raise ValueError("sample.every_steps needs a corpus with a tokenizer: data.mock has none")
+    folder = chat_folder(config.data)
+    if folder is not None and not config.sample.prompts:
+        questions(folder, tokenizer)
 
 
 def last_message(ids: Sequence[int], tokenizer: Tokenizer) -> str:

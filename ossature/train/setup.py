@@ -45,6 +45,7 @@ from ossature.train import optim
 from ossature.train.adamw import LeanAdamW
 from ossature.train.evaluate import validation_loader
 from ossature.train.resume import Progress, check_config, read_state, state_text
+from ossature.train.samples import check_prompts
 from ossature.train.start import fill_adapted, first_adapter
 
 FIRST_LOSS_SCALE = 2.0**15
@@ -108,8 +109,8 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
     validation = validation_loader(config, shape.vocab_size) if config.eval.every_steps else None
     adapter = None if before is not None else first_adapter(config, shape)
     tokenizer = tokenizer_of(config)
-    if config.sample.every_steps and tokenizer is None:
-        raise ValueError("sample.every_steps needs a corpus with a tokenizer: data.mock has none")
+    if config.sample.every_steps:
+        check_prompts(config, tokenizer)
     if config.eval.tasks and tokenizer is None:
         raise ValueError("eval.tasks needs a corpus with a tokenizer: data.mock has none")
 

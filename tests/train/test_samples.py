@@ -1,6 +1,7 @@
 """Samples of a run on chat data: what is asked, and what of the answer is shown."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from ossature.data.corpus import open_corpus
 from ossature.data.harmony import Piece as P
 from ossature.data.harmony import encode
 from ossature.data.tokenizer import Tokenizer, load
+from ossature.model.config import SIZES
 from ossature.train.loop import train
 from ossature.train.metrics import read_records
 from ossature.train.samples import answer, asked, chat_folder, questions
 from tests.data.chats import data_chat, small_tokenizer, write_records
-from tests.small_runs import small_run, text_corpus
+from tests.small_runs import TINY, small_run, text_corpus
 
 ASKED = [f"what is {word}" for word in ("one", "two", "it")]
 
@@ -35,6 +37,7 @@ def folder(tmp_path_factory) -> Path:
     data_chat(root / "train.jsonl", "--validation", root / "validation.jsonl", "--output",
               root / "data", "--tokenizer", tokenizer, "--seq-len", 512, "--workers", 1,
               "--date", "2025-01-02")  # fmt: skip
+    SIZES["tiny_chat"] = replace(TINY, vocab_size=load(root / "data").vocab_size)
     return root / "data"
 
 
@@ -51,6 +54,30 @@ def test_questions_are_the_first_of_the_validation_split_up_to_the_answer(folder
         assert text.endswith(f"<|start|>user<|message|>{question}<|end|><|start|>assistant")
         assert "it is" not in text and "2025-01-02" in text
     assert "# Instructions" in texts[1] and "# Instructions" not in texts[0]
+
+
+def test_conversations_cut_before_their_answer_are_passed_over(folder, tmp_path):
+    """Here after its first token; where there is no other, that is said before the run begins."""
+    tokenizer, long = load(folder), "what is it " * 9
+    (prompt,) = asked(folder, [long], tokenizer)
+    length = len(prompt) - len(tokenizer.encode("assistant"))
+
+    def build(name: str, *questions: str) -> Path:
+        answer = {"role": "assistant", "content": "so"}
+        records = [{"messages": [{"role": "user", "content": q}, answer]} for q in questions]
+        source = write_records(tmp_path / f"{name}.jsonl", records)
+        data_chat(source, "--output", tmp_path / name, "--tokenizer", folder, "--seq-len", length,
+                  "--workers", 1, "--split", "1", "--too-long", "cut", "--loss", "all",
+                  "--date", "2025-01-02")  # fmt: skip
+        return tmp_path / name
+
+    (ids,) = questions(build("one", long, "it"), tokenizer)
+    assert tokenizer.decode(ids).endswith("<|message|>it<|end|><|start|>assistant")
+    changes = {"data__mock": False, "data__path": build("none", long), "model": "tiny_chat",
+               "data__seq_len": length, "global_batch_tokens": length,
+               "micro_batch_tokens": length, "sample__every_steps": 1}  # fmt: skip
+    with pytest.raises(ValueError, match=r"no question to sample from: give sample\.prompts"):
+        train(small_run(tmp_path / "run", **changes))
 
 
 def test_a_prompt_is_written_as_the_data_is(folder):
@@ -84,12 +111,6 @@ def test_a_run_on_chat_data_is_asked_and_answers_in_harmony(folder, tmp_path, ca
     run = {"data__mock": False, "data__path": folder, "data__seq_len": 512, "steps": 1,
            "global_batch_tokens": 512, "micro_batch_tokens": 512, "model": "tiny_chat",
            "sample__every_steps": 1, "sample__max_new_tokens": 6}  # fmt: skip
-    from dataclasses import replace
-
-    from ossature.model.config import SIZES
-    from tests.small_runs import TINY
-
-    SIZES["tiny_chat"] = replace(TINY, vocab_size=load(folder).vocab_size)
     train(small_run(tmp_path / "own", **run))
     said = read_records(tmp_path / "own" / "samples.jsonl")
     assert [entry["prompt"] for entry in said] == ASKED[:2]
