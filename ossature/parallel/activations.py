@@ -11,7 +11,7 @@ made for.  Experts are taken to be chosen evenly.  `ossature.parallel.memory` pu
 
 from __future__ import annotations
 
-from ossature.parallel import adapted
+from ossature.parallel import adapted, rounded
 from ossature.parallel.sizes import BRIEF, GRADIENTS, KEPT, Bytes, Gradients, Ledger, Sizes
 
 
@@ -257,6 +257,8 @@ def kept_by_experts(s: Sizes) -> Bytes:
     exchange = s.routed * 8 if s.config.parallel.ep > 1 else 0
     if s.adapted_experts:
         return adapted.kept_by_experts(s) + exchange
+    if s.config.float8:
+        return rounded.kept_by_experts(s) + exchange
     return s.row + s.routed * (8 + s.item) + 2 * s.inner + exchange
 
 
@@ -264,6 +266,9 @@ def experts(m: Ledger, s: Sizes) -> None:
     """Rows -> what their experts found, BRIEF."""
     if s.adapted_experts:
         adapted.experts(m, s)
+        return
+    if s.config.float8:
+        rounded.experts(m, s)
         return
     m.take(KEPT, s.row + s.routed * (8 + s.item))
     m.pass_by(BRIEF, s.routed * 8 * 2)
@@ -305,6 +310,8 @@ def moe_backward(m: Ledger, s: Sizes, g: Gradients) -> None:
     m.take(GRADIENTS, g.experts)
     if s.adapted_experts:
         adapted.experts_backward(m, s)
+    elif s.config.float8:
+        rounded.experts_backward(m, s)
     elif s.cuda:
         m.pass_by(BRIEF, 8 * s.inner)
     else:

@@ -166,6 +166,18 @@ LAYOUTS = [
 
 
 @pytest.mark.slow
+def test_plans_of_emulated_products_in_8_bits_are_within_ten_percent():
+    runs = [
+        run_of({}, float8="rowwise", float8_emulate=True, precision="bf16"),
+        run_of({}, float8="tensorwise", float8_emulate=True),
+        run_of({"ep": 2}, float8="mxfp8", float8_emulate=True, precision="bf16"),
+    ]
+    found = errors(2, runs)
+
+    assert max(map(abs, found)) < 0.1, found
+
+
+@pytest.mark.slow
 def test_plans_of_one_rank_that_steps_in_backward_are_within_ten_percent():
     lean = {
         "optim__in_backward": True, "optim__clip": 0.0, "global_batch_tokens": 512,
