@@ -44,8 +44,17 @@ def dequantize(
     *rows, groups, _ = blocks.shape
     blocks, scales = blocks.reshape(-1, groups, 16), scales.reshape(-1, groups, 1)
     weight = blocks.new_empty(blocks.shape[0], groups, 16, 2, dtype=torch.int16)
+    pairs = _pairs() if blocks.device.type == "cpu" else None
     for part in pieces(blocks.shape[0], groups * GROUP, blocks.device):
-        _decode(blocks[part], scales[part], weight[part].unbind(-1))
+        if pairs is None or not _in_range(scales[part]):
+            _decode(blocks[part], scales[part], weight[part].unbind(-1))
+            continue
+        values = pairs.index_select(0, blocks[part].flatten().int()).view(torch.bfloat16)
+        power = scales[part].to(torch.int16).bitwise_left_shift_(7).view(torch.bfloat16)
+        torch.mul(
+            values.view(-1, groups, GROUP), power,
+            out=weight[part].view(torch.bfloat16).flatten(-2),
+        )  # fmt: skip
     return weight.view(torch.bfloat16).view(*rows, groups * GROUP)
 
 
@@ -138,10 +147,22 @@ def _wide(weight: Tensor) -> Tensor:
     return weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.float()
 
 
+def _pairs() -> Tensor:
+    """The two bfloat16 values of each byte, the low nibble's first, as one 32-bit number."""
+    values = torch.tensor(VALUES + tuple(-v for v in VALUES), dtype=torch.bfloat16)
+    byte = torch.arange(256)
+    return torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0]
+
+
+def _in_range(scale: Tensor) -> bool:
+    """Whether bfloat16 holds all codes on these scales, none of them below its normal numbers."""
+    least, most = (int(end) for end in scale.aminmax()) if scale.numel() else (127, 127)
+    return least >= 2 and most <= 252
+
+
 def _decode(packed: Tensor, scale: Tensor, out: tuple[Tensor, ...]) -> None:
     """Bits of the bfloat16 values of low and high nibbles; `scale` broadcasts against `packed`."""
-    least, most = (int(end) for end in scale.aminmax())
-    if least < 2 or most > 252:
+    if not _in_range(scale):
         _decode_any(packed, scale, out)
         return
     # Code c >= 2 at scale s has the bits ((s - 1) << 7) + (c << 6): one mantissa bit is c's last.
