@@ -23,6 +23,8 @@ from ossature.talk.service import RETRY_SECONDS, Service
 from ossature.talk.texts import ConstraintFailed
 from ossature.talk.worker import EngineFailed
 
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health",
+         "/metrics")
 BODY_SECONDS = 60
 """A client that takes longer to send its request is refused."""
 
@@ -174,8 +176,8 @@ class Gate:
                 raise
             finally:
                 self.inside -= 1
-        known = scope["path"] if status not in (401, 404) else "other"  # not one series a typo
-        self._service.metrics.requests.labels(known, status).inc()
+        path = scope["path"] if scope["path"] in PATHS else "other"  # not one series a typo
+        self._service.metrics.requests.labels(path, status).inc()
 
     def _refused(self, scope: Scope) -> Refused | None:
         if scope["path"] == "/health":
