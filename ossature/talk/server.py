@@ -23,8 +23,14 @@ from ossature.talk.service import RETRY_SECONDS, Service
 from ossature.talk.texts import ConstraintFailed
 from ossature.talk.worker import EngineFailed
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health",
-         "/metrics")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/models",
+    "/health",
+    "/metrics",
+)
 BODY_SECONDS = 60
 """A client that takes longer to send its request is refused."""
 
