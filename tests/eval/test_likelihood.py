@@ -101,7 +101,7 @@ def on_ranks(rank: int, world: int, folder: Path, layouts: list[dict], rows) -> 
 LAYOUTS = {
     1: [{}],
     2: [{"tp": 2}, {"ep": 2}, {"pp": 2}, {"cp": 2}, {"dp_shard": 2}],
-    4: [{"dp_shard": 4}, {"tp": 2, "pp": 2}, {"cp": 2, "tp": 2}, {"dp_replicate": 2, "ep": 2}],
+    4: [{"dp_shard": 4}, {"tp": 2, "pp": 2}, {"cp": 2, "tp": 2}, {"dp_shard": 2, "tp": 2, "ep": 2}],
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_needles_of_all_lengths_and_depths(subject, asked, tmp_path):
 
 
 def test_bits_per_byte_by_hand_from_whole_logits(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(bits, "WINDOW", 16)
+    monkeypatch.setattr(bits, "WINDOW", 4)
     texts = ["the red lamp is blue and birds sit", "door é garden"]
     for n, text in enumerate(texts):
         (tmp_path / f"{n}.txt").write_text(text)
@@ -104,8 +104,8 @@ def test_bits_per_byte_by_hand_from_whole_logits(subject, tmp_path, monkeypatch)
     for text in texts:
         tokens = [end, *subject.tokenizer.encode(text)]
         total = 0.0
-        for start in range(0, len(tokens) - 1, 16):
-            part = torch.tensor([tokens[start : start + 17]])
+        for start in range(0, len(tokens) - 1, 4):
+            part = torch.tensor([tokens[start : start + 5]])
             with torch.no_grad():
                 logits = subject.model(part[:, :-1]).log_softmax(-1)
             total -= float(logits.gather(2, part[:, 1:, None]).sum())
@@ -131,6 +131,7 @@ def answer(*messages: tuple[str, str], last: str = "<|return|>") -> Conversation
         ([("final", "it"), ("final", "so")], 0, ("so", True, True, False)),
         ([("analysis", "so"), ("final", "it")], 1, ("it", False, False, True)),
         ([("analysis", "so")], 0, ("", True, False, False)),
+        ([("commentary", "x"), ("analysis", "so"), ("final", "it")], 0, ("it", True, True, False)),
     ],
 )
 def test_what_of_an_answer_is_harmony(subject, messages, drop, expected):
