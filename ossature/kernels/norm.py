@@ -8,6 +8,7 @@ are taken in blocks, so that what is widened stays in the cache.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,9 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x ** 2) + eps) over the last dim, in fp32 (or fp64), cast to x's."""
     if torch.is_grad_enabled() or x.numel() > BLOCK:
         return _RMSNorm.apply(x, weight, eps)
-    part = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    scale = part.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (part * scale).mul_(weight).to(x.dtype)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
 BLOCK = 2**17

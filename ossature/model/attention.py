@@ -58,10 +58,7 @@ class Attention(nn.Module):
         rotation: Rotation,
         layout: Layout | Prompt | Step,
     ) -> Float[Tensor, "batch seq hidden"]:
-        # -1 and not a head count: a tensor-parallel rank holds only some of the heads.
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, kv_heads, head_dim)
+        q, k, v = self.project(x, rotation)
         if not isinstance(layout, Layout):
             heads = layout.attend(self.layer, q, k, v, self.sinks())
         elif self.form == "eager":
@@ -69,6 +66,15 @@ class Attention(nn.Module):
         else:
             heads = layout.attend(q, k, v, sinks=self.sinks(), window=self.window)
         return self.o_proj(heads.flatten(-2))
+
+    def project(
+        self, x: Float[Tensor, "batch seq hidden"], rotation: Rotation
+    ) -> tuple[Float[Tensor, "batch seq heads head_dim"], Tensor, Tensor]:
+        """Queries, keys and values; the last two are (batch, seq, kv_heads, head_dim)."""
+        # -1 and not a head count: a tensor-parallel rank holds only some of the heads.
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rotation)
+        return q, k, self.v_proj(x).unflatten(-1, (-1, self.head_dim))
 
     def prepare(self, layout: Layout, dtype: torch.dtype) -> None:
         """Let the layout make what this layer asks of it; see `Layout.prepare`."""

@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ossature.kernels.experts import _activate, sort_by_expert
+from ossature.model.attention import Attention
 from ossature.model.moe import Experts
+from ossature.model.rope import Rotation, rotate
 from ossature.model.transformer import Head, Transformer
 
 ROWS = 8
@@ -37,6 +39,9 @@ def can_prepack(model: Transformer) -> bool:
 @torch.no_grad()
 def prepack(model: Transformer) -> None:
     """Put the matrices of plain linears, experts and the head in order, in place."""
+    for module in list(model.modules()):
+        if type(module) is Attention:
+            PrepackedAttention.adopt(module)
     for module in model.modules():
         # Exactly these: what has adapters, or is packed otherwise, stays as it is.
         if type(module) is nn.Linear:
@@ -59,6 +64,37 @@ class PrepackedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         return _multiply(input, self.blocks, self.bias)
+
+
+class PrepackedAttention(Attention):
+    """Queries, keys and values of one product."""
+
+    qkv_blocks: Tensor
+    qkv_bias: Tensor
+    turned: tuple[int, int]
+    """Heads of queries and of keys."""
+
+    @classmethod
+    def adopt(cls, attention: Attention) -> None:
+        parts = attention.q_proj, attention.k_proj, attention.v_proj
+        if any(type(part) is not nn.Linear for part in parts):
+            return
+        attention.__class__ = cls
+        assert isinstance(attention, cls)
+        attention.qkv_blocks = _ordered(torch.cat([part.weight for part in parts]))
+        attention.qkv_bias = torch.cat([part.bias for part in parts])
+        queries, keys = (len(part.bias) // attention.head_dim for part in parts[:2])
+        attention.turned = queries, keys
+        for name in ("q_proj", "k_proj", "v_proj"):
+            attention.register_module(name, None)
+
+    def project(
+        self, x: Float[Tensor, "batch seq hidden"], rotation: Rotation
+    ) -> tuple[Float[Tensor, "batch seq heads head_dim"], Tensor, Tensor]:
+        heads = _multiply(x, self.qkv_blocks, self.qkv_bias).unflatten(-1, (-1, self.head_dim))
+        turned = sum(self.turned)
+        q, k = rotate(heads[..., :turned, :], rotation).split(self.turned, -2)
+        return q, k, heads[..., turned:, :]
 
 
 class PrepackedHead(Head):
