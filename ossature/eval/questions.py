@@ -56,8 +56,13 @@ def read_questions(path: Path, options: TaskOptions) -> list[Question]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
     found = []
-    for n, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    # Not splitlines: JSON may hold other separators of lines as they are.
+    for n, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -122,3 +122,21 @@ def test_the_most_probable_choice_is_the_models_own(tmp_path, subject):
     file.write_text("\n".join(lines))
     found = questions(subject, TaskOptions(), file)
     assert list(found.metrics["accuracy"].values) == [float(c == best) for c in choices]
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    """An answer may hold other separators; a byte order mark is no part of the first line."""
+    file = tmp_path / "q.jsonl"
+    lines = '{"question": "a\u2028b", "answer": "c\x85"}\r\n{"question": "2", "answer": "4"}\n'
+    file.write_bytes(lines.encode("utf-8-sig"))
+    assert [(q.question, q.answer) for q in read_questions(file, TaskOptions())] == [
+        ("a\u2028b", "c\x85"),
+        ("2", "4"),
+    ]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"q\.jsonl: not UTF-8"):
+        read_questions(file, TaskOptions())
