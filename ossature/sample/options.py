@@ -44,8 +44,14 @@ class SamplingOptions:
             "top_k": (self.top_k >= 0, "0 or more; 0 keeps every token"),
             "top_p": (0 <= self.top_p <= 1, "between 0 and 1; 1 keeps every token"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1; 0 keeps every token"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is none"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a number; 0 is none"),
+            "repetition_penalty": (
+                0.01 <= self.repetition_penalty <= 100,
+                "between 0.01 and 100; 1 is none",
+            ),
+            "presence_penalty": (
+                abs(self.presence_penalty) <= 100,
+                "between -100 and 100; 0 is none",
+            ),
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "logprobs": (self.logprobs >= 0, "0 or more"),
             "samples": (self.samples >= 1, "1 or more"),

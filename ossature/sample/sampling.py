@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ossature.sample.options import SamplingOptions
 
+COLDEST = 1e-20
+"""A lower temperature is taken as this: logits divided by less are not numbers in float32."""
+
 
 class Sampler:
     """Chooses the tokens of one text.  Nothing of other texts takes part in it.
@@ -54,7 +57,8 @@ class Sampler:
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         if options.temperature == 0:
             return int(logits.argmax())
-        logits = keep_top_k((logits / options.temperature)[None], options.top_k)
+        warmth = max(options.temperature, COLDEST)
+        logits = keep_top_k((logits / warmth)[None], options.top_k)
         logits = keep_min_p(keep_top_p(logits, options.top_p), options.min_p)[0]
         return draw(logits, float(torch.rand((), dtype=torch.float64, generator=self.generator)))
 

@@ -47,13 +47,20 @@ class Answer:
     def pieces(self, stopped: Callable[[], bool]) -> Iterator[Piece]:
         """The answer as it comes, until it ends or `stopped()`."""
         number = self._engine.submit(self._request)
+        try:
+            yield from self._pieces(number, stopped)
+        finally:  # nobody hears the rest, and the next answer does not get it
+            if self._engine.busy:
+                self._engine.cancel(number)
+
+    def _pieces(self, number: int, stopped: Callable[[], bool]) -> Iterator[Piece]:
         parser = self._reader.parser
         while self._engine.busy:
             if not self.ended and stopped():
                 self.ended = "stopped"
                 self._engine.cancel(number)
             for event in self._engine.step():
-                if self.ended or event.token is None:
+                if event.request != number or self.ended or event.token is None:
                     continue
                 piece = self._reader.push(event.token)
                 if piece is not None and piece.begins and parser.role != "assistant":

@@ -33,7 +33,7 @@ class History:
             if not isinstance(written, dict):
                 raise ValueError("not an object")
             chat = conversation(written, "messages", frozenset())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: {error}") from None
         self._line = lines[-1]
         return chat

@@ -28,7 +28,7 @@ def read_tools(file: Path) -> tuple[dict[str, Any], ...]:
         user = [{"role": "user", "content": ""}]
         record = {"messages": user, "tools": tools}
         return conversation(record, "messages", frozenset(), answered=False).tools
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
 
 

@@ -128,3 +128,15 @@ def test_rows_are_filtered_each_by_itself():
 def test_numbers_out_of_range_are_named(name: str, value):
     with pytest.raises(ValueError, match=name):
         SamplingOptions(**{name: value})
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-320])
+def test_hardly_any_temperature_takes_the_most_probable(temperature: float) -> None:
+    sampler = Sampler(SamplingOptions(temperature=temperature), 0, [0], 4)
+    assert sampler.choose(torch.tensor([3.0, -50.0, 30.0, 0.0])) == 2
+
+
+@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1e-320}, {"presence_penalty": -1e308}])
+def test_a_penalty_that_leaves_no_numbers_is_refused(penalty: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be between"):
+        SamplingOptions(**penalty)

@@ -16,6 +16,7 @@ from ossature.data.harmony import Conversation, Rendering
 from ossature.sample.command import stop_ids
 from ossature.sample.engine import Engine
 from ossature.sample.options import SamplingOptions
+from ossature.talk.answer import Answer
 from ossature.talk.chat import converse
 from ossature.talk.history import History
 from ossature.talk.session import Session
@@ -251,3 +252,27 @@ def test_mistakes_are_one_line(words, message, capsys):
     assert main(["chat", "no-model", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_an_answer_that_was_left_is_not_heard_in_the_next() -> None:
+    chat = session(lambda text: FINAL.format(last_question(text)))
+
+    def asked(question: str) -> Answer:
+        record = {"messages": [{"role": "user", "content": question}]}
+        messages = conversation(record, "messages", frozenset(), answered=False)
+        return Answer(
+            chat.engine, chat.tokenizer, messages, chat.rendering, chat.sampling, chat.context
+        )
+
+    left = asked("the first").pieces(lambda: False)
+    assert next(left).channel == "final"
+    left.close()  # as a second Ctrl-C does
+    assert "".join(piece.text for piece in asked("another").pieces(lambda: False)) == "another"
+
+
+@pytest.mark.parametrize("read", [lambda file: History(file).last(), read_tools])
+def test_a_file_that_is_nested_too_deep_is_refused(read, tmp_path: Path) -> None:
+    file = tmp_path / "deep.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json"):
+        read(file)
