@@ -4,12 +4,15 @@
 
 for the W, A, B, gain and bias of each row's expert.  W gets no gradient, and so nothing of x is
 kept for it.  It may be packed in MXFP4; it is then unpacked when it is needed, in the forward pass
-and again in the backward pass: on CPU one expert at a time, on CUDA all of a layer's.  W + B @ A
-is never made, but for the norms that DoRA divides by: one expert at a time.
+and again in the backward pass: on CPU one expert at a time, on CUDA all of a layer's, but for the
+few rows of a step of sampling, whose product reads the packed bytes.  W + B @ A is never made, but
+for the norms that DoRA divides by: one expert at a time.
 
 `adapted_linear` is a custom operator, so that activation checkpointing can name it.  Its
 specification is `ossature.model.frozen_experts.merged`; tests/model/test_lora.py ties the two.
 """
+
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,10 @@ from ossature.kernels.mxfp4 import dequantize
 
 PART_ROWS = 64
 """Rows that go through an activation at a time on a CPU."""
+FEW_ROWS = 16
+"""Up to so many for each expert on average, packed experts on CUDA are multiplied as they are."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""It comes with torch for CUDA on Linux."""
 
 
 def unpack(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -310,7 +317,12 @@ def _grouped(
     """One grouped product for all experts, without a look at the counts."""
     ends = counts.cumsum(0, dtype=torch.int32)
     expert = expert_of_rows(counts, len(rows))
-    out = F.grouped_mm(rows, unpack(weight, scales, rows.dtype).mT, offs=ends)
+    if scales is not None and len(rows) <= FEW_ROWS * len(weight) and HAS_TRITON:
+        from ossature.kernels.packed_product import packed_product
+
+        out = packed_product(rows, counts, weight, scales)
+    else:
+        out = F.grouped_mm(rows, unpack(weight, scales, rows.dtype).mT, offs=ends)
     small = rows.new_empty(len(rows), 0)
     if a is not None and b is not None:
         a, b = _aligned(a, 1), _aligned(b, 2)
