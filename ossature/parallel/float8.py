@@ -40,23 +40,32 @@ Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows sorted by expert, counts, weight (experts, out, in)) -> (rows, out)."""
 
 
-def check_float8(config: TrainConfig, shape: ModelConfig, device: torch.device) -> None:
-    """Refuse what the device or the sizes do not allow.
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a device that has no such products.
 
     Raises:
-        ValueError: they do not; in one sentence.
+        ValueError: it has none; in one sentence.
+    """
+    if not config.float8 or config.float8_emulate:
+        return
+    need = CAPABILITY[config.float8]
+    have = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if have is None or have < need:
+        found = device.type if have is None else f"CUDA {have[0]}.{have[1]}"
+        raise ValueError(
+            f"float8 = {config.float8} needs a CUDA device of compute capability {need[0]}."
+            f"{need[1]} or more, and this one is {found}; float8_emulate = true runs anywhere"
+        )
+
+
+def check_float8(config: TrainConfig, shape: ModelConfig) -> None:
+    """Refuse sizes that cannot be multiplied in 8 bits.
+
+    Raises:
+        ValueError: a dim is no multiple; in one sentence.
     """
     if not config.float8:
         return
-    if not config.float8_emulate:
-        need = CAPABILITY[config.float8]
-        have = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        if have is None or have < need:
-            found = device.type if have is None else f"CUDA {have[0]}.{have[1]}"
-            raise ValueError(
-                f"float8 = {config.float8} needs a CUDA device of compute capability {need[0]}."
-                f"{need[1]} or more, and this one is {found}; float8_emulate = true runs anywhere"
-            )
     axes, multiple = config.parallel, MULTIPLE[config.float8]
     heads, key_heads = shape.num_attention_heads, shape.num_key_value_heads
     sizes = [

@@ -65,7 +65,7 @@ class Walk:
         fsdp = axis_sizes["dp_shard"] * axis_sizes["cp"]
         self.stages = {
             n: Stage(weights, layers[n], n == 0, n == count - 1, config, fsdp)
-            for n in (stages_of(rank, axes) if axes.pp > 1 else [0])
+            for n in stages_of(rank, axes)
         }
         kind = Masters if alone(math.prod(axis_sizes.values()), config) else Sharding
         kind = InBackward if config.optim.in_backward else kind

@@ -42,14 +42,20 @@ class Weight:
         Args:
             even: shard what is inside of experts, where their number does not divide.
         """
-        first, *rest = self.shape
-        if even and first % ranks and rest and rest[0] % ranks == 0:
+        if even and inside(self.shape, ranks):
             return self.size // ranks
+        first, *rest = self.shape
         return -(-first // ranks) * math.prod(rest)
 
     def inside(self, ranks: int, even: bool) -> bool:
-        first, *rest = self.shape
-        return bool(ranks > 1 and even and first % ranks and rest and rest[0] % ranks == 0)
+        return even and inside(self.shape, ranks)
+
+
+def inside(shape: tuple[int, ...], ranks: int) -> bool:
+    """Whether FSDP shards the second dim of some experts' parameter: their number does not divide,
+    and that does."""
+    first, *rest = shape
+    return bool(first % ranks and rest and rest[0] % ranks == 0)
 
 
 def part(name: str, shape: tuple[int, ...], axes: ParallelConfig) -> tuple[int, ...]:

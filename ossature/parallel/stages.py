@@ -27,6 +27,9 @@ V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 
 
 def stages_per_rank(config: ParallelConfig) -> int:
+    """One where there is no pipeline, whatever its schedule would be."""
+    if config.pp == 1:
+        return 1
     if config.pp_schedule in V_SCHEDULES:
         return 2
     return config.pp_chunks if config.pp_schedule == "Interleaved1F1B" else 1
@@ -34,7 +37,7 @@ def stages_per_rank(config: ParallelConfig) -> int:
 
 def stages_of(rank: int, config: ParallelConfig) -> list[int]:
     """Numbers of the stages that rank `rank` of the axis holds."""
-    if config.pp_schedule in V_SCHEDULES:
+    if config.pp > 1 and config.pp_schedule in V_SCHEDULES:
         return [rank, 2 * config.pp - 1 - rank]
     return [rank + config.pp * turn for turn in range(stages_per_rank(config))]
 

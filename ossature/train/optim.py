@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ossature.config import OptimConfig
+from ossature.config import OptimConfig, TrainConfig
+from ossature.parallel import shards
 from ossature.parallel.gradients import local, square_norm
 from ossature.train.adamw import GROUP, LeanAdamW
 
@@ -62,6 +63,35 @@ def state_bytes(config: OptimConfig, name: str, parameter: nn.Parameter) -> floa
     if config.states == "8bit" and parameter.dim() > 1 and parameter.shape[-1] % GROUP == 0:
         return moments * (1 + 4 / GROUP)
     return moments * (2.0 if config.states == "bf16" else 4.0)
+
+
+def check_states(model: nn.Module, config: TrainConfig, sizes: dict[str, int]) -> None:
+    """Refuse to split the rows of a weight so that a group of 8-bit moments lies on two ranks.
+
+    Args:
+        model: before it is divided.
+        sizes: ranks along every axis.
+
+    Raises:
+        ValueError: they are split so; names the weight.
+    """
+    if config.optim.states != "8bit":
+        return
+    axes = config.parallel
+    efsdp = math.prod(sizes[a] for a in ("dp_shard", "cp", "tp")) // (axes.ep * axes.etp)
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if not parameter.requires_grad or len(shape) < 2 or shape[-1] % GROUP:
+            continue
+        mine = shards.part(name, shape, axes)
+        columns = mine[-1]
+        if len(mine) == 2 and ".experts." in name and shards.inside(mine, efsdp):
+            columns //= efsdp
+        if columns % GROUP:
+            raise ValueError(
+                f"optim.states = 8bit: a rank's part of {name} {shape} has rows of {columns}, "
+                f"which must be a multiple of {GROUP}; split fewer ways"
+            )
 
 
 def describe(optimizer: torch.optim.Optimizer) -> list[str]:

@@ -16,10 +16,11 @@ import torch
 
 from ossature.config import TrainConfig
 from ossature.model.config import ModelConfig
-from ossature.model.flops import flops_per_token
+from ossature.model.flops import active_adapters, flops_per_token
 from ossature.model.transformer import Transformer
 from ossature.parallel import memory
 from ossature.parallel import mesh as meshes
+from ossature.parallel.float8 import check_device
 from ossature.parallel.gradients import local
 from ossature.parallel.sizes import Bytes
 from ossature.parallel.stages import stages_per_rank
@@ -67,7 +68,10 @@ def _outline(
 ) -> tuple[list[memory.Walk], Plan]:
     """What is found at once; walks that are still to be gone, and the plan without them."""
     sizes, shape = setup.check_layout(config, world)
+    if device == "cpu":
+        check_device(config, torch.device(device))
     model = setup.whole_model(config, shape) if model is None else model
+    optim.check_states(model, config, sizes)
     walks = memory.walks(model, config, sizes, device, lambda n, p: state_bytes(config, n, p))
     count = setup.micro_batches(config, sizes)
     moved = [
@@ -82,9 +86,13 @@ def state_bytes(config: TrainConfig, name: str, parameter: torch.nn.Parameter) -
 
 
 def work(config: TrainConfig, shape: ModelConfig, world: int) -> float:
-    """FLOPs of a rank in a step; a third more where blocks are computed again as a whole."""
-    again = 4 / 3 if config.recompute == "full" else 1.0
-    return flops_per_token(shape, config.data.seq_len) * config.global_batch_tokens / world * again
+    """FLOPs of a rank in a step; a forward pass more where blocks are computed again as a whole."""
+    row, lora = config.data.seq_len, config.lora
+    token = flops_per_token(shape, row, lora)
+    if config.recompute == "full":
+        token += flops_per_token(shape, row) / 3  # nothing of it is for gradients
+        token += 2 * active_adapters(shape, lora) if lora.rank else 0
+    return token * config.global_batch_tokens / world
 
 
 # For the order of layouts only: a rank's share of an eight-GPU H100 or H200 machine, by the makers'
@@ -149,7 +157,12 @@ def layouts(config: TrainConfig, shape: ModelConfig, world: int) -> Iterator[Tra
                     given, pp=pp, tp=tp, cp=cp, ep=ep, dp_replicate=copies, dp_shard=data // copies
                 )
                 for mode, micro in itertools.product(("none", "selective", "full"), micros):
-                    yield replace(config, parallel=axes, recompute=mode, micro_batch_tokens=micro)
+                    changed = {"recompute": mode, "micro_batch_tokens": micro}
+                    try:
+                        candidate = replace(config, parallel=axes, **changed)
+                    except ValueError:  # other keys of the run do not go with these
+                        continue
+                    yield candidate
 
 
 @dataclass(frozen=True)
@@ -221,7 +234,7 @@ def dry_run(config: TrainConfig, world: int) -> list[DryRun]:
     for stage, walk in enumerate(walks):
         began = time.monotonic()
         rank = stage * (world // len(walks))
-        weights, states = _made(config, sizes, shape, rank, world)
+        weights, states = made(config, sizes, shape, rank, world)
         groups = [group for part in walk.stages.values() for group in part.groups]
         found.append(
             DryRun(
@@ -237,7 +250,7 @@ def dry_run(config: TrainConfig, world: int) -> list[DryRun]:
     return found
 
 
-def _made(
+def made(
     config: TrainConfig, sizes: dict[str, int], shape: ModelConfig, rank: int, world: int
 ) -> tuple[int, int]:
     """Bytes of weights and of moments that the code which trains makes on a rank."""

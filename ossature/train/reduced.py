@@ -41,6 +41,8 @@ def reduce(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]) -> Ca
         config,
         num_layers=0,
         precision="fp32",
+        float8="",
+        float8_emulate=False,
         micro_batch_tokens=micro,
         global_batch_tokens=micro * count * sizes["dp_replicate"] * sizes["dp_shard"],
         data=DataConfig(
@@ -50,6 +52,7 @@ def reduce(config: TrainConfig, shape: ModelConfig, sizes: dict[str, int]) -> Ca
             optim, lr=LR, min_lr=0.0, eps=max(optim.eps, EPS), clip=CLIP if optim.clip else 0.0,
             states="fp32", weights="fp32", in_backward=False,
         ),
+        parallel=replace(config.parallel, reduce_dtype="fp32"),
         lora=replace(lora, dropout=0.0, rank=min(lora.rank, RANK), alpha=float(RANK)),
         router=replace(
             router,
@@ -65,9 +68,14 @@ def changes(config: TrainConfig) -> Iterator[str]:
     optim, router = config.optim, config.router
     if config.precision != "fp32":
         yield f"precision {config.precision}: compared in fp32"
-    for key, value in [("states", optim.states), ("weights", optim.weights)]:
+    if config.float8:
+        yield f"float8 {config.float8}: compared in fp32"
+    for key, value in [
+        ("optim.states", optim.states), ("optim.weights", optim.weights),
+        ("parallel.reduce_dtype", config.parallel.reduce_dtype),
+    ]:  # fmt: skip
         if value != "fp32":
-            yield f"optim.{key} {value}: compared in fp32"
+            yield f"{key} {value}: compared in fp32"
     if config.lora.dropout:
         yield f"lora.dropout {config.lora.dropout}: compared without"
     if config.lora.rank:

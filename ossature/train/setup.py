@@ -34,7 +34,7 @@ from ossature.model.config import SIZES, ModelConfig
 from ossature.model.lora import adapt
 from ossature.model.transformer import Transformer
 from ossature.parallel import mesh as meshes
-from ossature.parallel.float8 import check_float8
+from ossature.parallel.float8 import check_device, check_float8
 from ossature.parallel.fsdp import COMPUTE_DTYPE
 from ossature.parallel.launch import Ranks
 from ossature.parallel.pipeline import Pipeline
@@ -96,7 +96,7 @@ def build(config: TrainConfig, ranks: Ranks) -> Parts:
         ValueError: layout, batch, corpus, checkpoint and config do not fit together.
     """
     sizes, shape = check_layout(config, ranks.world)
-    check_float8(config, shape, ranks.device)
+    check_device(config, ranks.device)
     before = newest(config.run)
     if before is not None:
         if not config.resume:
@@ -167,6 +167,7 @@ def check_layout(config: TrainConfig, world: int) -> tuple[dict[str, int], Model
     meshes.check_model(config.parallel, shape, config.data.seq_len)
     check_pipeline(config, shape.num_hidden_layers, micro_batches(config, sizes))
     check_lora(config, shape)
+    check_float8(config, shape)
     return sizes, shape
 
 
@@ -209,6 +210,7 @@ def divided_model(
 ) -> tuple[Transformer, Pipeline | None]:
     """This rank's part of the model, weights not yet filled, balancing biases at zero."""
     model = whole_model(config, shape)
+    optim.check_states(model, config, {axis: mesh[axis].size() for axis in meshes.AXES})
     pipeline = parallelize(model, mesh, config)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else device)
     if config.router.bias_update_rate:

@@ -7,10 +7,11 @@ import pytest
 from ossature import cli
 from ossature.config import DataConfig, ParallelConfig, TrainConfig
 from ossature.model.config import GPT_OSS_20B
-from ossature.model.flops import parameters
+from ossature.model.flops import matmul_parameters, parameters
 from ossature.train import plan as plans
+from ossature.train import setup
 from ossature.train.plan_command import parse_bytes
-from tests.small_runs import small_run
+from tests.small_runs import TINY, small_run
 
 ARGV = ["--run", "unused", "--data.mock", "--log.tensorboard", "false"]
 
@@ -59,6 +60,100 @@ def test_an_impossible_layout_is_refused_in_the_words_of_training(capsys):
 
     assert status == 2
     assert text == "error: parallel.tp (4) must divide num_key_value_heads (2)\n"
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "sentence"),
+    [
+        (
+            2, {"optim__states": "8bit", "parallel": ParallelConfig(tp=2)},
+            "optim.states = 8bit: a rank's part of blocks.0.attention.o_proj.weight (64, 96) has "
+            "rows of 48, which must be a multiple of 32; split fewer ways",
+        ),
+        (
+            32, {"optim__states": "8bit", "parallel": ParallelConfig(tp=2), "lora__rank": 2,
+                 "lora__targets": ("down",), "lora__dora": True},
+            "optim.states = 8bit: a rank's part of blocks.0.moe.experts.down_lora_magnitude "
+            "(8, 64) has rows of 2, which must be a multiple of 32; split fewer ways",
+        ),
+        (
+            2, {"float8": "mxfp8", "float8_emulate": True, "parallel": ParallelConfig(etp=2)},
+            "float8 = mxfp8 needs intermediate_size / etp (16) to be a multiple of 32",
+        ),
+        (
+            2, {"lora__rank": 2, "lora__base": "mxfp4", "parallel": ParallelConfig(etp=2)},
+            "lora.base = mxfp4 needs intermediate_size (32) to be a multiple of 32 x parallel.etp "
+            "(2)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_training_refuses_a_plan_refuses_in_the_same_words(world, changes, sentence):
+    run = small_run(
+        Path("unused"), global_batch_tokens=2048, micro_batch_tokens=64, precision="bf16",
+        **changes,
+    )  # fmt: skip
+    with pytest.raises(ValueError) as planned:
+        plans.plan(run, world, "cuda")
+    with pytest.raises(ValueError) as trained:
+        sizes, shape = setup.check_layout(run, world)
+        plans.made(run, sizes, shape, 0, world)
+    assert str(planned.value) == str(trained.value) == sentence
+
+
+def test_products_in_8_bits_are_planned_for_devices_that_have_them():
+    run = small_run(Path("unused"), float8="rowwise", precision="bf16")
+    assert plans.plan(run, 1, "cuda").worst.peak
+    with pytest.raises(ValueError, match="float8 = rowwise needs a CUDA device"):
+        plans.plan(run, 1, "cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"offload_activations": True},
+        {"compile": True},
+        {"parallel__reduce_every_micro_batch": True},
+        {"optim__in_backward": True, "optim__clip": 0.0, "global_batch_tokens": 64,
+         "micro_batch_tokens": 64},
+    ],
+)  # fmt: skip
+def test_a_search_passes_over_what_does_not_go_with_the_other_keys(changes):
+    run = small_run(Path("unused"), **changes)
+    world = 1 if run.optim.in_backward else 2
+    found, _ = plans.search(run, world, "cuda", 2**40)
+
+    assert found
+    for entry in found:
+        assert entry.plan.config.offload_activations == run.offload_activations
+        assert entry.plan.config.compile == run.compile
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"])
+def test_the_schedule_of_a_pipeline_that_there_is_not_changes_no_plan(schedule):
+    def peak(schedule) -> float:
+        axes = ParallelConfig(pp_schedule=schedule)
+        run = small_run(Path("unused"), parallel=axes, global_batch_tokens=256)
+        (made,) = plans.dry_run(run, 2)
+        assert made.equal, made
+        return plans.plan(run, 2, "cuda").worst.peak
+
+    assert peak(schedule) == peak("1F1B")
+
+
+def test_work_counts_frozen_matrices_once_less_and_a_forward_pass_more_if_computed_again():
+    def work(recompute, **lora) -> float:
+        run = small_run(Path("unused"), recompute=recompute, **lora)
+        return plans.plan(run, 1, "cuda").flops
+
+    lora = {"lora__rank": 2, "lora__targets": ("q_proj",)}
+    once, again = work("none", **lora), work("full", **lora)
+    whole = work("none")
+    adapters = 2 * 2 * 2 * (64 + 96) * 128  # of the forward pass: rank 2 in 2 layers, 128 tokens
+    matrices = 2 * matmul_parameters(TINY) * 128
+
+    assert work("full") == pytest.approx(whole * 4 / 3)
+    assert once == pytest.approx(whole - matrices + 3 * adapters)
+    assert again - once == pytest.approx(whole / 3 + adapters)
 
 
 def test_a_search_lists_layouts_that_fit_and_the_fastest_first():

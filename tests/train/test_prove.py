@@ -208,6 +208,19 @@ def test_a_run_without_router_losses_and_clipping_is_compared_without():
     assert case.config.optim.clip == case.config.router.aux_loss == 0.0
 
 
+def test_what_rounds_on_purpose_is_compared_in_fp32_and_that_is_said():
+    for float8 in ("rowwise", "mxfp8"):
+        config = small_run(
+            Path("unused"), precision="bf16", float8=float8, parallel__reduce_dtype="bf16"
+        )
+        case = reduced.reduce(config, ModelConfig(), meshes.sizes(config.parallel, 2))
+        assert (case.config.precision, case.config.float8) == ("fp32", "")
+        assert case.config.parallel.reduce_dtype == "fp32"
+        said = list(reduced.changes(config))
+        assert f"float8 {float8}: compared in fp32" in said
+        assert "parallel.reduce_dtype bf16: compared in fp32" in said
+
+
 @pytest.mark.slow
 def test_adapters_on_a_packed_base_are_proved(run_file, capsys):
     lora = "--lora.rank 8 --lora.dropout 0.1 --lora.base mxfp4 --router.bias-update-rate 0"
