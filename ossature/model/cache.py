@@ -61,6 +61,10 @@ class Cache:
             start = self._gap(room)
         assert start is not None
         self.stretch[row], self.length[row] = range(start, start + room), 0
+        for layer, kept in self._layers.items():
+            if self.config.window(layer) is not None:
+                for x in kept:
+                    x[row] = 0  # see `layer`; the last sequence may have left what is no number
         return row
 
     def leave(self, row: int) -> None:

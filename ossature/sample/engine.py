@@ -18,6 +18,7 @@ They do if they submit the same requests, or leave that to the first rank: see `
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,6 +67,8 @@ class Event(NamedTuple):
     text: str
     """What has become certain of the text with this token, if the engine has a tokenizer."""
     finished: Finish
+    problem: str = ""
+    """Why it has failed."""
 
 
 @dataclass
@@ -239,7 +242,10 @@ class Engine:
         if not prompt:
             raise ValueError("prompt: it is empty; give at least one token")
         vocabulary = self.config.vocab_size
-        for name, tokens in (("prompt", prompt), ("stop_ids", options.stop_ids)):
+        biased = [token for token, _ in options.logit_bias]
+        for name, tokens in (
+            ("prompt", prompt), ("stop_ids", options.stop_ids), ("logit_bias", biased),
+        ):  # fmt: skip
             wrong = next((n for n in tokens if not 0 <= n < vocabulary), None)
             if wrong is not None:
                 raise ValueError(
@@ -361,10 +367,14 @@ class Engine:
         # Each by itself: `exp` of many rows at once may differ by the last bit, by their number.
         total = torch.stack([row.logsumexp(-1) for row in logits[: len(texts)]]).tolist()
         chosen: list[int | None] = []
+        problems = [""] * len(texts)  # of a text; the others go on
         for n, text in enumerate(texts):
             try:
+                if not math.isfinite(total[n]):
+                    raise ValueError("the model's logits are not numbers")
                 chosen.append(text.choose(logits[n], best[n]))
-            except ValueError:  # of its constraint; the others go on
+            except ValueError as error:
+                problems[n] = str(error)
                 chosen.append(None)
         place = torch.tensor([n or 0 for n in chosen], device=logits.device)[:, None]
         values = logits[: len(texts)].gather(-1, place)[:, 0].tolist()
@@ -372,7 +382,7 @@ class Engine:
         for n, (text, token) in enumerate(zip(texts, chosen, strict=True)):
             if token is None:
                 self._leave(text)
-                events.append(_ended(text.request, text.sample, "failed"))
+                events.append(_ended(text.request, text.sample, "failed", problems[n]))
                 continue
             top = _top(logits[n], text.options.logprobs, total[n])
             shown, finished = text.take(token)
@@ -477,8 +487,8 @@ def _room(prompt: list[int], options: SamplingOptions) -> int:
     return len(prompt) + options.max_new_tokens - 1
 
 
-def _ended(request: int, sample: int, finished: Finish) -> Event:
-    return Event(request, sample, None, 0.0, (), "", finished)
+def _ended(request: int, sample: int, finished: Finish, problem: str = "") -> Event:
+    return Event(request, sample, None, 0.0, (), "", finished, problem)
 
 
 def _world() -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Applied in this order: penalties, constraint, temperature, top-k, top-p, min-p."""
+    """Applied in this order: bias, penalties, constraint, temperature, top-k, top-p, min-p."""
 
     temperature: float = 1.0
     """Logits are divided by it; 0 always takes the most probable token."""
@@ -23,6 +23,10 @@ class SamplingOptions:
     """Logits of tokens of the prompt and the text are divided by it, or multiplied if negative."""
     presence_penalty: float = 0.0
     """Taken off the logits of tokens of the text, once each."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens of the text, once for each time they are there."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is added to the logit of each."""
     seed: int | None = None
     """Of the draws: the same text whatever else is computed at the time.  None: torch's next."""
     max_new_tokens: int = 256
@@ -52,6 +56,10 @@ class SamplingOptions:
                 abs(self.presence_penalty) <= 100,
                 "between -100 and 100; 0 is none",
             ),
+            "frequency_penalty": (
+                abs(self.frequency_penalty) <= 100,
+                "between -100 and 100; 0 is none",
+            ),
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "logprobs": (self.logprobs >= 0, "0 or more"),
             "samples": (self.samples >= 1, "1 or more"),
@@ -59,6 +67,11 @@ class SamplingOptions:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be {rule}")
+        for token, bias in self.logit_bias:
+            if not abs(bias) <= 100:
+                raise ValueError(
+                    f"logit_bias: {bias} of token {token} must be between -100 and 100; 0 is none"
+                )
         if "" in self.stop:
             raise ValueError("stop: an empty string would end every text")
 
@@ -73,4 +86,4 @@ class Constraint:
 
 Finish = Literal["", "stop", "length", "cancelled", "failed"]
 """Why a text has ended: a stop id, a stop string or the constraint's end; max_new_tokens; the
-caller; a constraint that no token can follow, or that is too large.  Empty while it goes on."""
+caller; a problem that its last event names.  Empty while it goes on."""

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ossature.sample.options import SamplingOptions
 
-COLDEST = 1e-20
-"""A lower temperature is taken as this: logits divided by less are not numbers in float32."""
+COLDEST, HOTTEST = 1e-20, 1e20
+"""Temperatures beyond are taken as these: by others, logits in float32 may come out as no numbers
+(-inf is divided too)."""
 
 
 class Sampler:
@@ -27,17 +28,25 @@ class Sampler:
     ) -> None:
         self.options = options
         self.generator = torch.Generator().manual_seed(seed % 2**63)
-        self.penalises = options.repetition_penalty != 1 or options.presence_penalty != 0
-        self.plain = options.temperature == 0 and not self.penalises
+        differences = options.presence_penalty != 0 or options.frequency_penalty != 0
+        self.penalises = options.repetition_penalty != 1 or differences
+        self.plain = options.temperature == 0 and not (self.penalises or options.logit_bias)
         """Whether the token is the most probable one, unless there is a constraint."""
         if self.penalises:
-            self.said = torch.zeros(vocab_size, dtype=torch.bool)  # in the text
-            self.seen = self.said.index_fill(0, torch.tensor(prompt), True)  # there, in the prompt
+            self.said = torch.zeros(vocab_size)  # times, in the text
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool)  # there, or in the prompt
+            self.seen[prompt] = True
+        if options.logit_bias:
+            tokens, values = zip(*options.logit_bias, strict=True)
+            self.bias = torch.zeros(vocab_size).index_add(
+                0, torch.tensor(tokens), torch.tensor(values, dtype=torch.float32)
+            )
 
     def accept(self, token: int) -> None:
         """The text goes on with this token."""
         if self.penalises:
-            self.said[token] = self.seen[token] = True
+            self.said[token] += 1
+            self.seen[token] = True
 
     def choose(
         self, logits: Float[Tensor, " vocab"], allowed: Bool[Tensor, " vocab"] | None = None
@@ -46,18 +55,26 @@ class Sampler:
 
         Args:
             allowed: tokens that a constraint lets through.
+
+        Raises:
+            ValueError: the model gives none of these tokens any probability.
         """
         options, logits = self.options, logits.float()
+        if options.logit_bias:
+            logits = logits + self.bias.to(logits.device)
         if self.penalises:
             seen, said = self.seen.to(logits.device), self.said.to(logits.device)
             logits = penalise(
-                logits, seen, said, options.repetition_penalty, options.presence_penalty
-            )
+                logits, seen, said, options.repetition_penalty, options.presence_penalty,
+                options.frequency_penalty,
+            )  # fmt: skip
         if allowed is not None:
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+            if logits.max() == -torch.inf:
+                raise ValueError("constraint: the model never says what may come next")
         if options.temperature == 0:
             return int(logits.argmax())
-        warmth = max(options.temperature, COLDEST)
+        warmth = min(max(options.temperature, COLDEST), HOTTEST)
         logits = keep_top_k((logits / warmth)[None], options.top_k)
         logits = keep_min_p(keep_top_p(logits, options.top_p), options.min_p)[0]
         return draw(logits, float(torch.rand((), dtype=torch.float64, generator=self.generator)))
@@ -79,17 +96,23 @@ def draw(logits: Float[Tensor, " vocab"], share: float) -> int:
 def penalise(
     logits: Float[Tensor, " vocab"],
     seen: Bool[Tensor, " vocab"],
-    said: Bool[Tensor, " vocab"],
+    said: Float[Tensor, " vocab"],
     repetition: float,
     presence: float,
+    frequency: float = 0.0,
 ) -> Float[Tensor, " vocab"]:
     """Less for tokens that were seen, by a factor, and for those that were said, by a difference.
+
+    Args:
+        said: how often each was.
+        presence: taken off if it was said at all.
+        frequency: taken off as often as it was said.
 
     Source: arXiv 1909.05858, section 4.1, as transformers has it for negative logits; OpenAI's
     API reference.
     """
     lower = torch.where(logits > 0, logits / repetition, logits * repetition)
-    return torch.where(seen, lower, logits) - presence * said
+    return torch.where(seen, lower, logits) - presence * (said > 0) - frequency * said
 
 
 def keep_top_k(logits: Float[Tensor, "batch vocab"], top_k: int) -> Float[Tensor, "batch vocab"]:

@@ -24,7 +24,7 @@ from tests.tiny import SHAPES, random_tokens
 GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=3 * WINDOW)
 SAMPLED = SamplingOptions(
     temperature=1.3, top_k=60, top_p=0.95, min_p=0.01, repetition_penalty=1.1,
-    presence_penalty=0.3, seed=11, max_new_tokens=3 * WINDOW,
+    presence_penalty=0.3, frequency_penalty=0.2, logit_bias=((5, 1.5),), seed=11, max_new_tokens=3 * WINDOW,
 )  # fmt: skip
 
 
@@ -350,12 +350,36 @@ def test_a_constraint_that_no_token_can_follow_fails_its_own_text_only(speller, 
     assert free.finished == "length" and engine.used_tokens == 0
 
 
+@pytest.mark.parametrize("kind", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_logits_that_are_no_numbers_fail_their_own_text_and_leave_nothing_behind(kind):
+    """One embedding is not a number: whoever reads it fails, and no one after in the same place."""
+    model = tiny_model().eval()
+    with torch.no_grad():
+        model.embedding.weight[95] = torch.nan
+    bad = Request([5, 6, 9, 3, 95], changed(kind, samples=2))
+    good = Request([7, 8], changed(kind, stop_ids=(95,)))
+    engine = Engine(model, max_batch=3)
+    numbers = [engine.submit(request) for request in (bad, good)]
+    events = []
+    while engine.busy:
+        events += engine.step()
+
+    failed = [event for event in events if event.request == numbers[0]]
+    assert [(e.token, e.finished) for e in failed] == [(None, "failed")] * 2
+    assert failed[0].problem == "the model's logits are not numbers"
+    expected = alone(model, good)
+    assert [e.token for e in events if e.request == numbers[1]] == expected[0].tokens
+    # Its places in the cache are as good as new.
+    assert engine.generate([good] * 3) == [expected] * 3
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
         (Request([], GREEDY), "it is empty"),
         (Request([3, 96], GREEDY), "token 96 is not in the model's vocabulary of 96"),
         (Request([3], changed(GREEDY, stop_ids=(-1,))), "stop_ids: token -1"),
+        (Request([3], changed(GREEDY, logit_bias=((96, 1.0),))), "logit_bias: token 96"),
         (Request([3], changed(GREEDY, samples=5)), r"samples \(5\) must be at most 4"),
         (Request([3] * 100, GREEDY), "need 120 tokens in the cache, which has 110"),
         (Request([3] * 30, changed(GREEDY, samples=3)), "need 150 tokens"),

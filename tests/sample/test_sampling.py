@@ -55,9 +55,10 @@ def test_top_p_counts_the_probability_among_what_top_k_left():
 def test_seen_tokens_lose_by_a_factor_and_said_ones_by_a_difference():
     logits = torch.tensor([2.0, -2.0, 2.0, 1.0])
     seen = torch.tensor([True, True, True, False])
-    said = torch.tensor([False, False, True, False])
+    said = torch.tensor([0.0, 0.0, 3.0, 0.0])
 
     assert penalise(logits, seen, said, 2.0, 0.25).tolist() == [1.0, -4.0, 0.75, 1.0]
+    assert penalise(logits, seen, said, 2.0, 0.25, 0.5).tolist() == [1.0, -4.0, -0.75, 1.0]
 
 
 def test_penalties_count_a_token_once_and_the_presence_penalty_not_the_prompt():
@@ -70,6 +71,29 @@ def test_penalties_count_a_token_once_and_the_presence_penalty_not_the_prompt():
 
     # 2.4 2.5 2 1.75; then 2.4 1.5 2 1.75; then 1.9 1.5 2 1.75; then 1.9 1.5 1.1 1.75.
     assert said == [1, 0, 2, 0]
+
+
+def test_the_frequency_penalty_counts_every_time_and_not_the_prompt():
+    logits = torch.tensor([3.0, 2.5, 2.0, 0.0])
+    some = sampler(prompt=(0, 0), temperature=0.0, frequency_penalty=0.625)
+    said = []
+    for _ in range(6):
+        said.append(some.choose(logits))
+        some.accept(said[-1])
+
+    # 3 2.5 2; 2.375 2.5 2; 2.375 1.875 2; 1.75 1.875 2; 1.75 1.875 1.375; 1.75 1.25 1.375.
+    assert said == [0, 1, 0, 2, 1, 0]
+
+
+def test_a_bias_is_added_to_the_logits_of_its_tokens():
+    """0.4 x e^-100 is out of reach; and 0.1 x 8 is more than 0.4."""
+    banned = sampler(temperature=0.0, logit_bias=((1, -100.0),))
+    wanted = sampler(temperature=0.0, logit_bias=((2, 2.08), (0, 0.5)))
+
+    assert not banned.plain and banned.choose(LOGITS[0]) == 3
+    assert wanted.choose(LOGITS[0]) == 2
+    drawn = {sampler(seed, logit_bias=((1, -100.0),)).choose(LOGITS[0]) for seed in range(60)}
+    assert drawn == {0, 2, 3}
 
 
 def test_temperature_zero_takes_the_most_probable_token():
@@ -122,7 +146,8 @@ def test_rows_are_filtered_each_by_itself():
         ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
         ("top_k", -1), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0),
         ("presence_penalty", float("nan")), ("max_new_tokens", 0), ("samples", 0),
-        ("logprobs", -1), ("stop", ("a", "")),
+        ("logprobs", -1), ("stop", ("a", "")), ("frequency_penalty", 101.0),
+        ("logit_bias", ((1, 100.5),)), ("logit_bias", ((1, float("nan")),)),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(name: str, value):
@@ -134,6 +159,24 @@ def test_numbers_out_of_range_are_named(name: str, value):
 def test_hardly_any_temperature_takes_the_most_probable(temperature: float) -> None:
     sampler = Sampler(SamplingOptions(temperature=temperature), 0, [0], 4)
     assert sampler.choose(torch.tensor([3.0, -50.0, 30.0, 0.0])) == 2
+
+
+@pytest.mark.parametrize("temperature", [1e39, 1e300])
+def test_any_temperature_leaves_what_a_constraint_takes_away(temperature: float) -> None:
+    allowed = torch.tensor([True, False, True, False])
+    drawn = {
+        sampler(seed, temperature=temperature).choose(LOGITS[0], allowed) for seed in range(40)
+    }
+    assert drawn == {0, 2}
+
+
+def test_a_constraint_to_tokens_of_no_probability_is_told() -> None:
+    logits = torch.tensor([-torch.inf, 1.0, 0.0, -torch.inf])
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="the model never says what may come next"):
+            sampler(temperature=temperature).choose(
+                logits, torch.tensor([True, False, False, True])
+            )
 
 
 @pytest.mark.parametrize("penalty", [{"repetition_penalty": 1e-320}, {"presence_penalty": -1e308}])
