@@ -140,7 +140,7 @@ def _messages(given: list[Any]) -> Iterator[Message]:
         elif role == "user":
             yield Message("user", _text(entry, n))
         elif role == "tool":
-            call = entry.get("tool_call_id")
+            call = _plain(entry.get("tool_call_id", ""), n) or None
             if ids and call is not None and call not in ids:
                 raise ValueError(f"message {n}: tool_call_id {call!r} is of no call before it")
             name = _plain(entry.get("name") or ids.get(call) or called, n)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,11 @@ class Tokenizer:
         """The text of ids, special tokens spelled out."""
         if all(n < self._known for n in ids):
             return self.inner.decode(list(ids), skip_special_tokens=False)
-        n = next(n for n, token in enumerate(ids) if token >= self._known)
-        return f"{self.decode(ids[:n])}<|reserved_{ids[n]}|>{self.decode(ids[n + 1 :])}"
+        parts = []
+        for known, group in groupby(ids, lambda n: n < self._known):
+            part = list(group)
+            parts += [self.decode(part)] if known else [f"<|reserved_{n}|>" for n in part]
+        return "".join(parts)
 
     def to_json(self) -> str:
         """Content of tokenizer.json; of the very file it was read from, if it was."""

@@ -101,3 +101,5 @@ def _json(text: str) -> str:
         return json.dumps(json.loads(text))
     except ValueError as error:
         raise ValueError(f"constraint: not a JSON schema: {error}") from None
+    except RecursionError:
+        raise ValueError("constraint: the JSON schema is nested too deeply") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no whole character
+LONG, UNREAD = 16, 4  # tokens; a character has four bytes at most, and a token one at least
 
 
 class Continuation:
@@ -38,11 +39,15 @@ class Continuation:
         """The text that has become certain with this token."""
         self._tokens.append(token)
         decoded = self._decode(self._tokens)
-        whole = decoded.rstrip(UNFINISHED)
+        # At most the last of them may still become a character.
+        whole = decoded.removesuffix(UNFINISHED)
         fresh = whole[self._shown :]
         self._shown = max(self._shown, len(whole))
         if whole == decoded:
             self._tokens, self._shown = [], 0
+        elif len(self._tokens) > LONG:  # bytes that are no text: they are not read again and again
+            self._tokens = self._tokens[-UNREAD:]
+            self._shown = len(self._decode(self._tokens)) - 1
         return self._until.feed(fresh)
 
     def finish(self) -> str:

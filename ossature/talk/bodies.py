@@ -7,6 +7,7 @@ are listed as such.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,7 +15,9 @@ from pydantic_core import from_json
 
 from ossature.talk.refused import Refused
 
-Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+"""Of a function, as in OpenAI's API: it stands in the header of a message."""
 Count = Annotated[int, Field(ge=1)]
 Unused = Any
 Body = TypeVar("Body", bound=BaseModel)
@@ -54,7 +57,7 @@ class SampledBody(CommonBody):
 
     n: Count | None = None
     seed: int | None = None
-    stop: Text | list[Text] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -62,7 +65,7 @@ class SampledBody(CommonBody):
 
 
 class Function(_Body):
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -148,7 +151,7 @@ class FlatTool(_Body):
     """A function as `/v1/responses` has it."""
 
     type: Literal["function"]
-    name: str
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -185,15 +188,26 @@ def read(kind: type[Body], body: bytes) -> Body:
         Refused: it is not JSON, or a field is not as it must be; in a sentence with its name.
     """
     try:
-        fields = from_json(body)
+        fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise Refused(400, f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise Refused(400, "the body is not a JSON object")
+    if _overflows(fields):
+        raise Refused(400, "the body is not JSON that can be told again: a number is too large")
     try:  # null is as good as nothing
         return kind.model_validate({key: v for key, v in fields.items() if v is not None})
     except ValidationError as error:
         raise _refused(error) from None
+
+
+def _overflows(value: Any) -> bool:
+    """Whether a number, such as 1e400, was read as infinite."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(map(_overflows, value))
+    return value in (math.inf, -math.inf)
 
 
 def _refused(error: ValidationError) -> Refused:

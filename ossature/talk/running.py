@@ -40,7 +40,9 @@ def run(
     finally:
         listener.close()
         service.worker.end()
-    print(f"answered {gate.answered} requests, left {gate.left}", file=sys.stderr, flush=True)
+    told = f"answered {gate.answered} requests, left {gate.left}"
+    told += f"; {gate.gone} clients went away" if gate.gone else ""
+    print(told, file=sys.stderr, flush=True)
     return 1 if gate.left or service.worker.failure else 0
 
 

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, MutableMapping
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +20,7 @@ from ossature.talk import chat_completions, completions, responses
 from ossature.talk.bodies import ChatBody, CompletionBody, ResponsesBody, read
 from ossature.talk.refused import Refused
 from ossature.talk.service import RETRY_SECONDS, Service
-from ossature.talk.texts import ConstraintFailed
+from ossature.talk.texts import TextFailed
 from ossature.talk.worker import EngineFailed
 
 PATHS = (
@@ -31,6 +31,8 @@ PATHS = (
     "/health",
     "/metrics",
 )
+GONE = 499
+"""In the figures, the status of requests whose clients went away, as nginx has it."""
 BODY_SECONDS = 60
 """A client that takes longer to send its request is refused."""
 
@@ -68,7 +70,8 @@ def application(service: Service, api_key: str, max_body_bytes: int) -> Gate:
             async with service.texts(asked) as counted:
                 return await endpoint.whole(service, asked_for, counted)
 
-        return JSONResponse(await _unless_gone(request.receive, whole(), service))
+        found = await _unless_gone(request.scope, request.receive, whole(), service)
+        return JSONResponse(found)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -91,7 +94,7 @@ def application(service: Service, api_key: str, max_body_bytes: int) -> Gate:
         service.adapter(name)
         return _model(service, name)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health(request: Request) -> JSONResponse:
         gate: Gate = request.scope["gate"]
         if service.worker.failure:
@@ -110,16 +113,16 @@ def application(service: Service, api_key: str, max_body_bytes: int) -> Gate:
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
-        text = f"{request.method} {request.url.path}: {error.detail}"
+        text = f"{request.method} {request.scope['path']}: {error.detail}"
         return JSONResponse(Refused(error.status_code, text).body(), error.status_code)
 
     @app.exception_handler(EngineFailed)
     async def failed(request: Request, error: EngineFailed) -> JSONResponse:
         return JSONResponse(Refused(500, f"the engine has failed: {error}").body(), 500)
 
-    @app.exception_handler(ConstraintFailed)
-    async def stuck(request: Request, error: ConstraintFailed) -> JSONResponse:
-        return JSONResponse(Refused(400, str(error)).body(), 400)
+    @app.exception_handler(TextFailed)
+    async def stuck(request: Request, error: TextFailed) -> JSONResponse:
+        return JSONResponse(Refused(error.status, str(error)).body(), error.status)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
@@ -152,12 +155,14 @@ class Gate:
         """Requests that were let in and went through to the end of their answer."""
         self.left = 0
         """Requests that were let in and cut off."""
+        self.gone = 0
+        """Requests that were let in, and whose clients went away."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["gate"] = self
+        scope["gate"], scope["gone"] = self, False
         refused = self._refused(scope)
         status = 0
 
@@ -176,13 +181,20 @@ class Gate:
             self.inside += 1
             try:
                 await self._app(scope, receive, sending)
-                self.answered += 1
+                self.gone += scope["gone"]
+                self.answered += not scope["gone"]
             except asyncio.CancelledError:
                 self.left += 1
                 raise
             finally:
                 self.inside -= 1
+                self._count(scope, status)
+            return
+        self._count(scope, status)
+
+    def _count(self, scope: Scope, status: int) -> None:
         path = scope["path"] if scope["path"] in PATHS else "other"  # not one series a typo
+        status = GONE if scope["gone"] else status
         self._service.metrics.requests.labels(path, status).inc()
 
     def _refused(self, scope: Scope) -> Refused | None:
@@ -214,7 +226,7 @@ class Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._stack:
-            await _unless_gone(receive, self._send(send), self._service)
+            await _unless_gone(scope, receive, self._send(send), self._service)
 
     async def _send(self, send: Send) -> None:
         headers = {"status": self.status_code, "headers": self.raw_headers}
@@ -222,10 +234,11 @@ class Events(Response):
         try:
             async for event in self._events:
                 await _more(send, event)
-        except (EngineFailed, ConstraintFailed) as error:
-            failed = isinstance(error, EngineFailed)
-            text = f"the engine has failed: {error}" if failed else str(error)
-            refused = Refused(500 if failed else 400, text)
+        except (EngineFailed, TextFailed) as error:
+            refused = (
+                Refused(error.status, str(error)) if isinstance(error, TextFailed)
+                else Refused(500, f"the engine has failed: {error}")
+            )  # fmt: skip
             await _more(send, f"data: {json.dumps(refused.body())}\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -235,11 +248,12 @@ async def _more(send: Send, text: str) -> None:
 
 
 async def _unless_gone(
+    scope: MutableMapping[str, Any],
     receive: Callable[[], Coroutine[Any, Any, Message]] | Receive,
     work: Coroutine[Any, Any, Any],
     service: Service,
 ) -> Any:
-    """The result of some work, which is stopped when the client goes away."""
+    """The result of some work, which is stopped when the client goes away; `scope` then says so."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -251,6 +265,7 @@ async def _unless_gone(
         if working.done():
             return working.result()
         service.metrics.gone.inc()
+        scope["gone"] = True
         return None
     finally:
         for task in (working, waiting):

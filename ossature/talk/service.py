@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -93,20 +94,19 @@ class Service:
             "min_p": body.min_p, "repetition_penalty": body.repetition_penalty,
         }  # fmt: skip
         if isinstance(body, SampledBody):
-            if body.frequency_penalty:
-                raise Refused(400, "frequency_penalty: only 0 is supported", "frequency_penalty")
-            if body.logit_bias:
-                raise Refused(400, "logit_bias: not supported", "logit_bias")
             if body.stream_options is not None and not body.stream:
                 raise Refused(400, "stream_options: only with stream", "stream_options")
-            given |= {"presence_penalty": body.presence_penalty}
+            given |= {
+                "presence_penalty": body.presence_penalty,
+                "frequency_penalty": body.frequency_penalty,
+            }
         values: dict[str, Any] = {
             name: float(value) if name != "top_k" else max(0, int(value))  # -1: all, as vLLM says
             for name, value in given.items()
             if value is not None
         }
         if isinstance(body, SampledBody):
-            values |= {"seed": body.seed, "samples": body.n or 1}
+            values |= {"seed": body.seed, "samples": body.n or 1, "logit_bias": _biases(body)}
         with reading():
             return SamplingOptions(
                 **values, max_new_tokens=min(room, max_tokens or room), stop_ids=self.stop_ids,
@@ -182,6 +182,16 @@ class Counted:
         }
 
 
+def _biases(body: SampledBody) -> tuple[tuple[int, float], ...]:
+    """Tokens, which JSON has as texts, and what is added to the logit of each."""
+    wrong = next(
+        (token for token in body.logit_bias or {} if not re.fullmatch(r"\d{1,9}", token)), None
+    )
+    if wrong is not None:
+        raise Refused(400, f"logit_bias: {wrong!r} is no token's number", "logit_bias")
+    return tuple((int(token), bias) for token, bias in (body.logit_bias or {}).items())
+
+
 def stops(body: SampledBody) -> tuple[str, ...]:
     return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
 
@@ -233,6 +243,11 @@ class Tools(NamedTuple):
 def read_tools(functions: list[dict[str, Any]], choice: str, named: str) -> Tools:
     """Tools and `tool_choice`: auto, none, required, or the name of one."""
     names = [function["name"] for function in functions]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise Refused(400, f"tools: there are two of the name {twice!r}", "tools")
+    if choice == "required" and not names:
+        raise Refused(400, "tool_choice: 'required', but there are no tools", "tool_choice")
     if choice == "required":
         if len(names) != 1:
             raise Refused(
@@ -240,7 +255,8 @@ def read_tools(functions: list[dict[str, Any]], choice: str, named: str) -> Tool
             )
         named = names[0]
     if named and named not in names:
-        raise Refused(400, f"tool_choice: there is no tool {named!r}", "tool_choice")
+        known = f"only {', '.join(names)}" if names else "there are no tools"
+        raise Refused(400, f"tool_choice: there is no tool {named!r}: {known}", "tool_choice")
     return Tools([] if choice == "none" else functions, named)
 
 
@@ -271,6 +287,8 @@ async def constraints(
     def find(channel: str, recipient: str) -> Constraint | None:
         if recipient:
             return strict.get(recipient)
-        return answer if channel == "final" else None
+        # All that is shown as the answer; but what is said before a call is left free.
+        free = ("analysis", "commentary") if tools.functions else ("analysis",)
+        return None if channel in free else answer
 
     return find

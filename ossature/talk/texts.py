@@ -24,8 +24,13 @@ NEXT_SEED = 0x9E3779B97F4A7C15
 """Between the texts of a request, as the engine has it between samples."""
 
 
-class ConstraintFailed(Exception):
-    """No token can go on with a text that has to match a schema."""
+class TextFailed(Exception):
+    """A text cannot go on: no token follows its schema, or the model gives no numbers."""
+
+    @property
+    def status(self) -> int:
+        """A schema is the client's, and would fail again."""
+        return 400 if str(self).startswith("constraint:") else 500
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Texts:
         """What is said, until all texts have ended.
 
         Raises:
-            EngineFailed, ConstraintFailed
+            EngineFailed, TextFailed
         """
         if self._asked.header:
             for text in self._texts:
@@ -143,7 +148,7 @@ class Texts:
             if text is None or text.finished:
                 continue  # of a part that was cancelled, or after a stop string
             if event.finished == "failed":
-                raise ConstraintFailed("no token can go on with the text under the constraint")
+                raise TextFailed(event.problem)
             for said in self._take(text, event):
                 yield said
 

@@ -34,6 +34,12 @@ def test_any_text_comes_back(trained):
         assert trained.decode(trained.encode(text)) == text
 
 
+def test_any_number_of_ids_without_a_text_are_spelled_out(trained):
+    size = trained.vocab_size
+    ids = [*trained.encode("a"), *[size, size + 7] * 3000, *trained.encode("b")]
+    assert trained.decode(ids) == "a" + f"<|reserved_{size}|><|reserved_{size + 7}|>" * 3000 + "b"
+
+
 @pytest.mark.parametrize("text", ["<|end|>", "a<|endoftext|>b", "<|start|>not special<|end|>"])
 def test_a_special_token_in_raw_text_is_ordinary_text(trained, text):
     ids = trained.encode(text)

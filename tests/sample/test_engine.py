@@ -24,7 +24,8 @@ from tests.tiny import SHAPES, random_tokens
 GREEDY = SamplingOptions(temperature=0.0, max_new_tokens=3 * WINDOW)
 SAMPLED = SamplingOptions(
     temperature=1.3, top_k=60, top_p=0.95, min_p=0.01, repetition_penalty=1.1,
-    presence_penalty=0.3, frequency_penalty=0.2, logit_bias=((5, 1.5),), seed=11, max_new_tokens=3 * WINDOW,
+    presence_penalty=0.3, frequency_penalty=0.2, logit_bias=((5, 1.5),), seed=11,
+    max_new_tokens=3 * WINDOW,
 )  # fmt: skip
 
 
@@ -402,6 +403,7 @@ def test_what_can_never_be_run_is_refused_in_a_sentence(model, request_: Request
         ("json_schema", "{", "not a JSON schema: Expecting"),
         ("json_schema", "true}, {", "not a JSON schema: Extra data"),
         ("json_schema", '{"type": "strnig"}', "not a json_schema that can be followed"),
+        ("json_schema", "[" * 100_000, "the JSON schema is nested too deeply"),
     ],
 )
 def test_a_wrong_constraint_is_refused_in_a_sentence(speller, kind, text: str, words: str):

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from ossature.sample.text import Continuation
@@ -25,6 +27,35 @@ def test_bytes_that_are_no_character_do_not_hold_the_text_up():
 
     assert "".join(shown) == row.text == "a\ufffdb\ufffdc"
     assert shown[4] == "\ufffdc"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_bytes_at_all_come_out_as_they_are_read_whole(seed: int):
+    """Long runs of what is no text among them, with parts of characters inside."""
+    draw = random.Random(seed)
+    parts = ["é".encode(), "€🙂".encode(), b"\x80", b"\xff", b"\xf0\x9f", b"\xe2\x82", b"a",
+             "\ufffd".encode(), b"\xed\xa0", b"\xf4\x90"]  # fmt: skip
+    data = b"".join(draw.choice(parts[draw.choice((0, 2)) :]) for _ in range(300))
+    data += b"\x80" * draw.randint(0, 40) + "🙂".encode()[: draw.randint(0, 4)]
+
+    shown, row = pieces(data)
+
+    assert "".join(shown) == row.text == decode(list(data))
+
+
+def test_the_cost_of_bytes_that_are_no_text_does_not_grow():
+    """By the tokens that are decoded, and not by a clock."""
+    counted = 0
+
+    def counting(tokens: list[int]) -> str:
+        nonlocal counted
+        counted += len(tokens)
+        return decode(tokens)
+
+    row = Continuation(counting)
+    shown = "".join(row.feed(0x80) for _ in range(2000))
+
+    assert shown + row.finish() == "\ufffd" * 2000 and counted < 20 * 2000
 
 
 def test_an_unfinished_character_is_shown_at_the_end():

@@ -223,6 +223,22 @@ def test_logprobs_are_of_the_answers_tokens(there):
         assert entry.top_logprobs[1].logprob == pytest.approx(-50, abs=1e-3)
 
 
+def test_a_bias_and_a_frequency_penalty_change_the_answer(there):
+    """The scripted model gives 0 to the token it wants and -50 to all others."""
+    (digit,) = tokenizer().encode("2")
+    asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 40, "temperature": 0}
+    biased = ask(there, **asked, logit_bias={str(digit): 60}).choices[0]
+    assert biased.message.content is None and biased.finish_reason == "length"
+    create = there.client.completions.create
+    text = create(model="toy", prompt="a", max_tokens=5, logit_bias={str(digit): 60})
+    assert text.choices[0].text == "22222"
+    tired = create(
+        model="toy", prompt="a", max_tokens=3, logit_bias={str(digit): 60}, temperature=0,
+        frequency_penalty=6,
+    )  # fmt: skip
+    assert tired.choices[0].text.startswith("22") and tired.choices[0].text != "222"
+
+
 def test_responses(there):
     found = there.client.responses.create(
         model="toy", input="one", instructions="Be brief.", reasoning={"effort": "low"}
@@ -342,8 +358,10 @@ MISTAKES = {
     "temperature": ({"temperature": -1}, "temperature (-1.0) must be 0 or more"),
     "type": ({"temperature": "hot"}, "temperature: Input should be a valid number"),
     "unknown": ({"extra_body": {"foo": 1}}, "foo: this server does not know the field"),
-    "frequency": ({"frequency_penalty": 1}, "frequency_penalty: only 0 is supported"),
-    "bias": ({"logit_bias": {"5": 1}}, "logit_bias: not supported"),
+    "frequency": ({"frequency_penalty": 101}, "frequency_penalty (101.0) must be between"),
+    "bias": ({"logit_bias": {"5": 101}}, "logit_bias: 101.0 of token 5 must be between"),
+    "bias's token": ({"logit_bias": {"x": 1}}, "logit_bias: 'x' is no token's number"),
+    "bias's tokens": ({"logit_bias": {"99999": 1}}, "logit_bias: token 99999 is not in"),
     "n": ({"n": 99}, "n (99) must be at most 4"),
     "tokens": ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
     "both": ({"max_tokens": 1, "max_completion_tokens": 1}, "exclude each other"),
@@ -352,6 +370,19 @@ MISTAKES = {
     "role": ({"messages": [{"role": "x", "content": "a"}]}, "message 1: role 'x' must be"),
     "empty": ({"messages": []}, "messages must be a list of messages"),
     "order": ({"messages": [*USER, {"role": "system", "content": "a"}]}, "instructions must be"),
+    "call's number": (
+        {"messages": [*USER, {"role": "tool", "tool_call_id": [1], "content": "a"}]},
+        "message 2: must be a text, not list",
+    ),
+    "stops": ({"stop": ["a"] * 17}, "stop: "),
+    "stop's length": ({"stop": "a" * 1001}, "stop: "),
+    "name": ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function."),
+    "twice": ({"tools": [*TOOLS, *TOOLS]}, "tools: there are two of the name 'weather'"),
+    "required": ({"tool_choice": "required"}, "tool_choice: 'required', but there are no tools"),
+    "named": (
+        {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+        "tool_choice: there is no tool 'f': there are no tools",
+    ),
     "picture": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "has content that is not text",

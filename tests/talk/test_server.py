@@ -32,6 +32,7 @@ def test_the_key_is_wanted():
                 found = httpx.get(there.url + path, headers=headers)
                 assert found.status_code == 401 and "API key" in found.json()["error"]["message"]
         assert httpx.get(there.url + "/health").json() == {"status": "ok"}
+        assert httpx.head(there.url + "/health").status_code == 200
         assert there.client.models.list().data
         with pytest.raises(openai.AuthenticationError):
             there.client.with_options(api_key="other").models.list()
@@ -49,7 +50,10 @@ def test_bodies_are_bounded_and_must_be_json():
         assert http.post(PATH, content=long, headers=json).status_code == 413
         assert http.post(PATH, content=parts(), headers=json).status_code == 413
         assert http.post(PATH, content=b"{}", headers={}).status_code == 415
-        for body in (b"{", b"[]", b"\xff", b"[" * 1500, b'{"a": NaN'):
+        for body in (
+            b"{", b"[]", b"\xff", b"[" * 1500, b'{"a": NaN', b'{"a": NaN}', b'{"a": [1e400]}',
+            b'{"a": "\\ud800"}',
+        ):  # fmt: skip
             found = http.post(PATH, content=body, headers=json)
             assert found.status_code == 400, body
             assert "not" in found.json()["error"]["message"]
@@ -103,6 +107,12 @@ def test_a_client_that_goes_away_frees_its_place(stream):
         assert engine.models[""].passes < 20_000  # it was not written to its end
         assert there.service.metrics.gone._value.get() == 1
         until(lambda: there.gate.inside == 0)
+        assert (there.gate.answered, there.gate.gone) == (0, 1)
+        with there.http() as http:
+            assert f'ossature_requests_total{{path="{PATH}",status="499"}} 1.0' in (
+                page := http.get("/metrics").text
+            )
+            assert 'status="200"' not in page
 
 
 def test_a_stream_that_is_closed_by_openais_client_frees_its_place():
