@@ -206,6 +206,9 @@ class ParallelConfig:
     """Ranks that share the inner dimension of each expert."""
     loss_parallel: bool = True
     """Under tp, find the loss without gathering logits over the vocabulary."""
+    async_tp: bool = False
+    """Under tp, transfer in pieces while attention's projections multiply others: between GPUs of
+    one machine; a CPU does one after the other."""
     pp_schedule: Literal["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble", "DualPipeV"] = "1F1B"
     """Order of the micro-batches through the pipeline; the last two put the first and the last
     stage on one rank."""
@@ -332,6 +335,7 @@ class TrainConfig:
                 "lora.base = mxfp4 needs lora.rank: weights that are trained cannot be packed"
             )
         self._check_float8()
+        self._check_async_tp()
         if self.offload_activations and self.recompute == "selective":
             raise ValueError(
                 "offload_activations (True) goes with recompute none or full, not selective: what "
@@ -378,6 +382,18 @@ class TrainConfig:
             raise ValueError(
                 f"float8 ({self.float8}) must be empty with lora.rank ({self.lora.rank}): products "
                 "of frozen weights are others"
+            )
+
+    def _check_async_tp(self) -> None:
+        if not self.parallel.async_tp:
+            return
+        if self.parallel.tp == 1:
+            raise ValueError("parallel.async_tp (True) needs parallel.tp of 2 or more")
+        if self.float8 or self.lora.rank:
+            key, value = ("float8", self.float8) if self.float8 else ("lora.rank", self.lora.rank)
+            raise ValueError(
+                f"parallel.async_tp (True) must be false with {key} ({value}): it multiplies with "
+                "attention's plain matrices"
             )
 
     def _check_optimizer(self) -> None:

@@ -57,18 +57,18 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _gathered(x, dim, group)
+        return gathered(x, dim, group)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return _reduced(grads[0], ctx.dim, ctx.group), None, None
+        return reduced(grads[0], ctx.dim, ctx.group), None, None
 
 
 class _GatherSame(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _gathered(x, dim, group)
+        return gathered(x, dim, group)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -79,11 +79,11 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _reduced(x, dim, group)
+        return reduced(x, dim, group)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return _gathered(grads[0], ctx.dim, ctx.group), None, None
+        return gathered(grads[0], ctx.dim, ctx.group), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -124,14 +124,16 @@ class _AllToAll(torch.autograd.Function):
         return _exchanged(grads[0], ctx.sent, ctx.received, ctx.group), None, None, None
 
 
-def _gathered(x: Tensor, dim: int, group: Group) -> Tensor:
+def gathered(x: Tensor, dim: int, group: Group) -> Tensor:
+    """`gather` without gradients."""
     ranks = dist.get_world_size(group)
     parts = x.new_empty(ranks * x.shape[0], *x.shape[1:])
     _all_gather(parts, x.contiguous(), group=group)
     return parts if dim == 0 else torch.cat(parts.chunk(ranks), dim)
 
 
-def _reduced(x: Tensor, dim: int, group: Group) -> Tensor:
+def reduced(x: Tensor, dim: int, group: Group) -> Tensor:
+    """`reduce_scatter` without gradients."""
     ranks = dist.get_world_size(group)
     parts = x if dim == 0 else torch.cat(x.chunk(ranks, dim))
     out = parts.new_empty(parts.shape[0] // ranks, *parts.shape[1:])
