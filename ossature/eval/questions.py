@@ -7,17 +7,13 @@ texts), `grade` (how this one is graded) and `kind` (a word; each kind gets its 
 from __future__ import annotations
 
 import json
-import re
-import string
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+import math
 from pathlib import Path
 from typing import Any, get_args
 
 from ossature.eval.answers import key_of
 from ossature.eval.chat import ask, read, stops
+from ossature.eval.grades import LETTERS, Question, check, reduced, right, right_choice, vote
 from ossature.eval.options import Grade, TaskOptions
 from ossature.eval.puzzles import split
 from ossature.eval.results import Metric, Outcome
@@ -26,25 +22,6 @@ from ossature.eval.subject import Subject
 from ossature.sample.engine import Request
 from ossature.sample.options import SamplingOptions
 
-NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-
-
-@dataclass(frozen=True)
-class Question:
-    question: str
-    answer: str
-    grade: Grade
-    choices: tuple[str, ...] = ()
-    kind: str = ""
-
-    @property
-    def text(self) -> str:
-        """The question, with its choices by letter."""
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices)]  # noqa: B905
-        return "\n".join([self.question, *lines])
-
-
-LETTERS = string.ascii_uppercase
 KEYS = ("question", "answer", "grade", "choices", "kind", "id")
 
 
@@ -69,6 +46,8 @@ def read_questions(path: Path, options: TaskOptions) -> list[Question]:
             found.append(_question(json.loads(line), options.grade))
         except ValueError as error:
             raise ValueError(f"{path}: line {n}: {error}") from None
+        except RecursionError:
+            raise ValueError(f"{path}: line {n}: JSON that is nested too deeply") from None
     if not found:
         raise ValueError(f"{path}: has no question")
     return found[: options.limit or None]
@@ -81,10 +60,10 @@ def _question(record: Any, grade: Grade) -> Question:
     if unknown:
         raise ValueError(f"key {unknown[0]!r} has no meaning here")
     for key in ("question", "answer"):
-        if not isinstance(record.get(key), str) or not record[key]:
+        if not isinstance(record.get(key), str) or not record[key].strip():
             raise ValueError(f"{key} must be a text that is not empty")
     choices = record.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c for c in choices):
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise ValueError("choices must be a list of texts")
     grade = record.get("grade", grade)
     if grade not in get_args(Grade):
@@ -93,75 +72,12 @@ def _question(record: Any, grade: Grade) -> Question:
     if not isinstance(kind, str):
         raise ValueError("kind must be a text")
     made = Question(record["question"], record["answer"], grade, tuple(choices), kind)
-    _check(made)
-    return made
-
-
-def _check(question: Question) -> None:
-    if question.grade in ("choice", "likelihood"):
-        if not 2 <= len(question.choices) <= len(LETTERS):
-            raise ValueError(f"grade {question.grade} needs 2 to {len(LETTERS)} choices")
-        right_choice(question)
-    elif question.grade == "numeric" and number(question.answer) is None:
-        raise ValueError(f"answer {question.answer!r} has no number")
-    elif question.grade == "regex":
-        try:
-            re.compile(question.answer)
-        except re.error as error:
-            raise ValueError(f"answer {question.answer!r} is no expression: {error}") from None
-
-
-def right_choice(question: Question) -> str:
-    """The letter of the right choice; the answer is that letter or the choice's text."""
-    if question.answer in question.choices:
-        return LETTERS[question.choices.index(question.answer)]
-    if question.answer in LETTERS[: len(question.choices)]:
-        return question.answer
-    raise ValueError(f"answer {question.answer!r} is none of the choices")
-
-
-def number(text: str) -> Decimal | None:
-    """The last number of a text; commas between its figures are left out."""
-    found = NUMBER.findall(text)
     try:
-        return Decimal(found[-1].replace(",", "")) if found else None
-    except InvalidOperation:
-        return None
-
-
-def chosen(text: str, choices: Sequence[str]) -> str:
-    """The letter that a text chooses: it is the choice, or its last letter that stands alone."""
-    if text.strip() in choices:
-        return LETTERS[list(choices).index(text.strip())]
-    letters = re.findall(rf"\b[A-{LETTERS[len(choices) - 1]}]\b", text)
-    return letters[-1] if letters else ""
-
-
-def reduced(text: str, question: Question) -> str:
-    """What of a text is graded; texts that agree in it are one vote.  Empty: it says nothing."""
-    if question.grade == "numeric":
-        found = number(text)
-        return "" if found is None else str(found.normalize())
-    if question.grade == "choice":
-        return chosen(text, question.choices)
-    return text.strip()
-
-
-def right(said: str, question: Question) -> bool:
-    """Whether what a text was reduced to is the answer."""
-    if question.grade == "numeric":
-        return said == reduced(question.answer, question)
-    if question.grade == "choice":
-        return said == right_choice(question)
-    if question.grade == "regex":
-        return re.search(question.answer, said) is not None
-    return said == question.answer.strip()
-
-
-def vote(said: Sequence[str]) -> str:
-    """What most texts say; of equally many, what was said first.  Those without answer abstain."""
-    counts = Counter(text for text in said if text)
-    return counts.most_common(1)[0][0] if counts else ""
+        "".join([made.text, made.answer, kind]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair: no Unicode text") from None
+    check(made)
+    return made
 
 
 def questions(subject: Subject, options: TaskOptions, path: Path) -> Outcome:
@@ -224,6 +140,7 @@ def _texts(
             tokens = ask(question.text, options, tokenizer)
         else:
             tokens = tokenizer.encode(_plain(question))
+        _check_length(subject, question, len(tokens), name)
         requests.append(Request(tokens, sampling))
     found = subject.texts(requests, name)
     if options.chat:
@@ -239,15 +156,26 @@ def _most_probable(
     if several and options.chat:
         raise ValueError(f"{name}: grade likelihood asks for no text; leave out --chat")
     rows = [split(subject.tokenizer, _bare(q), f" {c}") for q in several for c in q.choices]
-    scores = iter(subject.scores(rows, name))
+    owners = [q for q in several for _ in q.choices]
+    for question, row in zip(owners, rows, strict=True):
+        _check_length(subject, question, len(row.context) + len(row.continuation) - 1, name)
+    found = zip(rows, subject.scores(rows, name), strict=True)
+    means = iter([score.logprob / len(row.continuation) for row, score in found])
     letters = []
     for question in several:
-        means = []
-        for choice in question.choices:
-            row = split(subject.tokenizer, _bare(question), f" {choice}")
-            means.append(next(scores).logprob / len(row.continuation))
-        letters.append(LETTERS[means.index(max(means))])
+        mine = [next(means) for _ in question.choices]
+        # Of a model whose logits are no numbers, none is.
+        letters.append("" if any(map(math.isnan, mine)) else LETTERS[mine.index(max(mine))])
     return letters
+
+
+def _check_length(subject: Subject, question: Question, size: int, name: str) -> None:
+    most = subject.model.config.max_position_embeddings
+    if size > most:
+        raise ValueError(
+            f"{name}: {question.question[:40]!r}...: {size} tokens are more than the model's "
+            f"max_position_embeddings ({most})"
+        )
 
 
 def _plain(question: Question) -> str:

@@ -1,4 +1,4 @@
-"""Grades made by hand, votes, and files that are not as they must be."""
+"""Files of questions: votes, and files that are not as they must be."""
 
 import json
 
@@ -6,49 +6,7 @@ import pytest
 
 from ossature.eval import questions as module
 from ossature.eval.options import TaskOptions
-from ossature.eval.questions import (
-    Question,
-    number,
-    questions,
-    read_questions,
-    reduced,
-    right,
-    vote,
-)
-
-
-@pytest.mark.parametrize(
-    ("grade", "answer", "text", "is_right"),
-    [
-        ("exact", "42", " 42\n", True),
-        ("exact", "42", "42.", False),
-        ("numeric", "42", "so it is 42.0, I think", True),
-        ("numeric", "1,234", "First 7, then 1234.", True),
-        ("numeric", "42", "42 or 43", False),
-        ("numeric", "42", "forty-two", False),
-        ("numeric", "-0.5", "x = -.50", True),
-        ("regex", r"^(?i:paris)\b", "Paris, of course", True),
-        ("regex", r"^(?i:paris)\b", "It is Paris", False),
-        ("choice", "B", "The answer is B.", True),
-        ("choice", "blue", "B", True),
-        ("choice", "blue", "blue", True),
-        ("choice", "B", "A or B? A", False),
-        ("choice", "B", "Because", False),
-    ],
-)
-def test_grades(grade, answer, text, is_right):
-    question = Question("?", answer, grade, ("red", "blue"))
-    assert right(reduced(text, question), question) == is_right
-
-
-def test_the_last_number_counts():
-    assert [number(t) for t in ("a 1 b 2.50", "1e3", "none", "-7%")] == [2.5, 1000, None, -7]
-
-
-def test_the_majority_wins_and_those_who_say_nothing_abstain():
-    assert vote(["1", "2", "2", "", "", ""]) == "2"
-    assert vote(["3", "1", "1", "3"]) == "3"
-    assert vote(["", ""]) == ""
+from ossature.eval.questions import questions, read_questions
 
 
 @pytest.mark.parametrize(
@@ -69,6 +27,18 @@ def test_the_majority_wins_and_those_who_say_nothing_abstain():
             "line 2: answer 'C' is none of the choices",
         ),
         ("[]", "line 2: must be an object"),
+        ('{"question": "a", "answer": " "}', "line 2: answer must be a text that is not empty"),
+        ('{"question": "a\\ud800", "answer": "b"}', "line 2: has half of a surrogate pair"),
+        ('{"question": "a", "answer": "b", "kind": "\\ud800"}', "line 2: has half of a surr"),
+        ("[" * 100_000, "line 2: JSON that is nested too deeply"),
+        (
+            '{"question": "a", "answer": "x{99999999999999999999}", "grade": "regex"}',
+            "line 2: answer .* is no expression: repeat count too big",
+        ),
+        (
+            json.dumps({"question": "a", "answer": "(" * 5000, "grade": "regex"}),
+            "line 2: answer .* is no expression: maximum recursion",
+        ),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
@@ -140,3 +110,12 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     file.write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(ValueError, match=r"q\.jsonl: not UTF-8"):
         read_questions(file, TaskOptions())
+
+
+@pytest.mark.parametrize("grade", ["exact", "likelihood"])
+def test_a_question_longer_than_the_models_positions_is_named(tmp_path, subject, grade):
+    file = tmp_path / "q.jsonl"
+    record = {"question": "the door " * 2100, "answer": "A", "choices": ["x", "y"], "grade": grade}
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"q.jsonl: 'the door .*'...: \d+ tokens are more than"):
+        questions(subject, TaskOptions(max_new_tokens=1), file)
