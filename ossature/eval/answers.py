@@ -14,6 +14,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+OWNER = b'["owner", '
+"""The first line begins so."""
+
 
 class Answers:
     """Answers by a hash of what was asked; the same on all ranks, which make the same calls.
@@ -62,6 +65,8 @@ class Answers:
     def _open(self, path: Path, owner: dict[str, Any]) -> dict[str, Any]:
         raw = path.read_bytes() if path.exists() else b""
         whole = raw[: raw.rfind(b"\n") + 1]  # a kill may have cut the last line short
+        if not whole and not OWNER.startswith(raw[: len(OWNER)]):
+            raise ValueError(f"{path}: not the answers of `ossature eval --cache`")
         known = {}
         for n, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
             try:

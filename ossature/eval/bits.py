@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 from ossature.data.corpus import MANIFEST, open_corpus
 from ossature.data.sources import cut, documents, find
+from ossature.data.tokenizer import load
 from ossature.eval.answers import key_of
 from ossature.eval.likelihood import Row
 from ossature.eval.options import TaskOptions
@@ -25,8 +26,6 @@ def bits_per_byte(subject: Subject, options: TaskOptions, argument: str) -> Outc
 
     The first token is asked after the end of a document, as in training.
     """
-    if not argument:
-        raise ValueError("bits_per_byte needs a path: bits_per_byte:PATH")
     size = min(WINDOW, subject.model.config.max_position_embeddings)
     end = subject.tokenizer.end_of_document
     texts = list(islice(_documents(subject, Path(argument)), options.limit or DOCUMENTS))
@@ -71,14 +70,12 @@ def _of_corpus(subject: Subject, path: Path) -> Iterator[list[int]]:
     corpus = open_corpus(path, "validation")
     if corpus.packing is not None:
         raise ValueError(f"{path}: holds rows of chats; bits_per_byte reads documents")
-    if corpus.vocab_size != subject.tokenizer.vocab_size:
-        raise ValueError(
-            f"{path}: made with a tokenizer of {corpus.vocab_size} tokens, the model's has "
-            f"{subject.tokenizer.vocab_size}; give the text itself"
-        )
-    tokens, starts = corpus.read(0, corpus.num_tokens)
-    end = subject.tokenizer.end_of_document
-    for start, stop in pairwise([*starts.tolist(), len(tokens)]):
-        found = [token for token in tokens[start:stop].tolist() if token != end]
+    theirs = load(path)
+    same = theirs.sha256() == subject.tokenizer.sha256()
+    for n in range(corpus.num_documents):
+        places = corpus.file.document_start(n), corpus.file.document_start(n + 1)
+        tokens = corpus.file.tokens(*places).tolist()
+        found = [token for token in tokens if token != theirs.end_of_document]
         if found:
-            yield found
+            # The same text, where the model reads it in other tokens.
+            yield found if same else subject.tokenizer.encode(theirs.decode(found))

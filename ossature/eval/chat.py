@@ -99,9 +99,7 @@ def harmony(subject: Subject, options: TaskOptions) -> Outcome:
 
 
 def _question(draw: Random) -> str:
-    words = draw.sample(
-        ["stone", "river", "window", "garden", "letter", "winter", "paper", "summer"], 3
-    )
+    words = draw.sample(WORDS, 3)
     sums, _ = sum_of(draw.choice(KINDS), draw)
     return draw.choice(
         (

@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
     for path in (options.output, options.plot):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: no such folder: {path.parent}")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path}: is a folder; give a file")
     if options.plot is not None and not _needles(options.tasks):
         raise ValueError(f"plot ({options.plot}) needs the task needle")
     tasks.check(options.tasks, options)

@@ -17,10 +17,13 @@ Source: lm_eval/api/model.py, lm_eval/models/huggingface.py of EleutherAI/lm-eva
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ossature.config import ParallelConfig
@@ -222,7 +225,8 @@ class OssatureLM(TemplateLM):
             stop_ids=stops(self.tokenizer) if chat else tuple(sorted(ends)),
             stop=() if chat else tuple(_until(wanted)),
         )
-        return Request(self.tok_encode(context)[most - self.max_length :], sampling)
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        return Request(tokens[most - self.max_length :], sampling)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -280,22 +284,35 @@ def _manager(options: TaskOptions) -> TaskManager:
 def evaluate(subject: Subject, names: Sequence[str], options: TaskOptions) -> dict[str, Outcome]:
     """Tasks of the harness, and those that its groups are made of."""
     model: Any = OssatureLM  # the harness's decorator hides its arguments
-    found: Any = simple_evaluate(
-        model=model(subject=subject, effort=options.effort, seed=options.seed),
-        tasks=list(names),
-        num_fewshot=None if options.fewshot < 0 else options.fewshot,
-        limit=options.limit or None,
-        apply_chat_template=options.chat,
-        task_manager=_manager(options),
-        bootstrap_iters=100,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-    )
+    with _random_states_kept():
+        found: Any = simple_evaluate(
+            model=model(subject=subject, effort=options.effort, seed=options.seed),
+            tasks=list(names),
+            num_fewshot=None if options.fewshot < 0 else options.fewshot,
+            limit=options.limit or None,
+            apply_chat_template=options.chat,
+            task_manager=_manager(options),
+            bootstrap_iters=100,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+        )
     assert found is not None  # it is, on the ranks that are not the harness's first
     samples = found["samples"]
     return {name: _outcome(found["results"][name], samples[name]) for name in samples}
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """The harness seeds every generator there is; a run that goes on draws as if it had not."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 def _outcome(scores: Mapping[str, Any], samples: list[dict[str, Any]]) -> Outcome:
@@ -306,22 +323,44 @@ def _outcome(scores: Mapping[str, Any], samples: list[dict[str, Any]]) -> Outcom
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         mine = [s[metric] for s in samples if s["filter"] == chosen and metric in s]
+        each, sizes = _items(metric, mine)
         error = scores.get(f"{metric}_stderr,{chosen}")
         half = Z * error if isinstance(error, int | float) else math.nan
         whole = (float(value), float(value) - half, float(value) + half)
         name = metric if chosen == "none" else f"{metric}, {chosen}"
-        if all(isinstance(item, int | float) for item in mine):
-            metrics[name] = Metric([float(item) for item in mine], None, whole)
-        else:  # pairs of a log-likelihood and what it is shared out over
-            sizes = [float(size) for _, size in mine]
-            each = [float(nats) / size for (nats, _), size in zip(mine, sizes, strict=True)]
-            metrics[name] = Metric(each, sizes, whole)
+        metrics[name] = Metric(each, sizes, whole, len(mine))
     asked = sorted((s["doc_id"], s["doc_hash"], s["prompt_hash"]) for s in samples)
     said = [
         {"id": s["doc_id"], "target": str(s["target"]), "said": str(s["filtered_resps"])}
         for s in samples
     ]
     return Outcome(key_of(asked), metrics, said)
+
+
+PER_SIZE: dict[str, Callable[[float], float]] = {
+    "word_perplexity": math.exp, "byte_perplexity": math.exp,
+    "bits_per_byte": lambda nats: nats / math.log(2),
+}  # fmt: skip
+"""Of nats by word, or by byte; the harness keeps the log-probability of a text and its size."""
+
+
+def _items(metric: str, mine: list[Any]) -> tuple[list[float], list[float] | None]:
+    """The metric of every item, in its own unit, and how items weigh.
+
+    Neither, where items are other things than numbers, from which the harness computes one of all
+    together: f1 or bleu.
+    """
+    if metric in PER_SIZE and all(isinstance(item, tuple | list) for item in mine):
+        sizes = [float(size) for _, size in mine]
+        nats = [
+            -float(logprob) / (size or 1) for (logprob, _), size in zip(mine, sizes, strict=True)
+        ]
+        # Of so many nats a perplexity is beyond all numbers.
+        return [PER_SIZE[metric](min(n, 700.0)) for n in nats], sizes
+    if not all(isinstance(item, int | float | np.number | np.bool_) for item in mine):
+        return [], None
+    numbers = [float(item) for item in mine]
+    return [math.exp(min(-n, 700.0)) for n in numbers] if metric == "perplexity" else numbers, None
 
 
 if __name__ == "__main__":

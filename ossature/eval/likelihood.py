@@ -180,7 +180,7 @@ def _row_sums(
         wide = logits if logits.dtype == torch.float64 else logits.float()
         log_probability = wide.log_softmax(-1)
         found = log_probability.gather(1, here)[:, 0]
-        missed = found < log_probability.amax(1)
+        missed = ~(found >= log_probability.amax(1))  # what is no number is missed too
         row = counted.nonzero()[:, 0].cpu()
         sums[0].index_add_(0, row, found.double().cpu())
         sums[1].index_add_(0, row, missed.double().cpu())

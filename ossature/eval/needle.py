@@ -48,9 +48,10 @@ def needle(subject: Subject, options: TaskOptions, argument: str) -> Outcome:
                 f"needle: {length} tokens are more than max_position_embeddings ({most})"
             )
     cells = list(product(lengths, DEPTHS))
-    each = EACH if not options.limit else max(1, options.limit // len(cells))
+    each = EACH if not options.limit else -(-options.limit // len(cells))
     rows, kinds = [], []
-    for (length, depth), n in product(cells, range(each)):
+    asked = [(cell, n) for n in range(each) for cell in cells]  # a limit leaves out the last ones
+    for (length, depth), n in asked[: options.limit or None]:
         draw = Random(f"needle {options.seed} {length} {depth} {n}")
         rows.append(haystack(subject.tokenizer, length, depth, draw))
         kinds.append(f"{length} tokens, depth {depth:.0%}")
@@ -138,7 +139,9 @@ def _svg(cells: dict[tuple[str, ...], float], lengths: Sequence[str], depths: Se
         line = top + high * y
         parts.append(f'<text x="6" y="{line + 22}">{depth}</text>')
         for x, length in enumerate(lengths):
-            share = cells[length, depth]
+            share = cells.get((length, depth))
+            if share is None:  # a limit left it out
+                continue
             # From red over yellow to green.
             parts.append(
                 f'<rect x="{left + wide * x}" y="{line}" width="{wide - 2}" height="{high - 2}" '

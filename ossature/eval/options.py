@@ -18,7 +18,7 @@ class TaskOptions:
     """What is asked, and how."""
 
     limit: int = 0
-    """Items of each task, at most; 0: all of a file, 200 of a generated task."""
+    """Items of each task, at most; 0: all of a file, 40 to 200 of a generated task."""
     seed: int = 0
     """Of generated tasks and of draws."""
     samples: int = 1

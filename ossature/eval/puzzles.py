@@ -58,6 +58,11 @@ def copying(subject: Subject, options: TaskOptions) -> Outcome:
     plain = [n for n in range(size) if n not in special]
     longest = subject.model.config.max_position_embeddings
     distances = [d for d in DISTANCES if 2 * d <= longest]
+    if not distances:
+        raise ValueError(
+            f"copying: the model's max_position_embeddings ({longest}) must be at least "
+            f"{2 * DISTANCES[0]}"
+        )
     kinds, rows = [], []
     for n in range(options.limit or 40):
         distance = distances[n % len(distances)]

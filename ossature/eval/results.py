@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ class Metric:
     """Of the values in their mean; None: all the same."""
     whole: tuple[float, float, float] | None = None
     """Value, low and high where they are no mean of the values."""
+    items: int = 0
+    """How many there are, where none has a value of its own (f1, say)."""
 
     def summary(self) -> dict[str, Any]:
         value, low, high = self.whole or mean(self.values, self.weights)
-        return {"value": value, "low": low, "high": high, "count": len(self.values)}
+        return {"value": value, "low": low, "high": high, "count": len(self.values) or self.items}
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,24 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     """Write a file of results, whole or not at all."""
     beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        beside.write_text(json.dumps(results, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(finite(results), ensure_ascii=False, allow_nan=False)
+        beside.write_text(text + "\n", encoding="utf-8")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
+def finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read(path: Path) -> dict[str, Any]:
-    """A file of results.
+    """A file of results; null is read as a number that is none.
 
     Raises:
         ValueError: it is none; names the file and the key that is missing.
@@ -76,17 +89,30 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file")
     try:
         found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT or "tasks" not in found:
         raise ValueError(f"{path}: not a file of `ossature eval --output`")
     try:
         for task in found["tasks"].values():
-            _ = task["fingerprint"], task["metrics"]
-            _ = [items["values"] for items in task["items"].values()]
-    except (KeyError, TypeError, AttributeError) as error:
+            _ = task["fingerprint"]
+            for metric, summary in task["metrics"].items():
+                summary |= {key: _number(summary[key]) for key in ("value", "low", "high")}
+                items = task["items"][metric]
+                items |= {key: list(map(_number, items[key])) for key in items}
+                if len(items.get("weights", items["values"])) != len(items["values"]):
+                    raise ValueError(f"as many weights as values of {metric}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: damaged: {error!r}") from None
     return found
+
+
+def _number(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def table(results: Mapping[str, Any]) -> Iterator[str]:
@@ -110,6 +136,10 @@ def compare(a: Path, b: Path) -> Iterator[str]:
         missing = [name for name in names[0]["tasks"] if name not in names[1]["tasks"]]
         if missing:
             raise ValueError(f"{second}: lacks task {missing[0]}, which {first} has")
+    for key in dict.fromkeys([*one.get("settings", {}), *other.get("settings", {})]):
+        values = [side.get("settings", {}).get(key) for side in (one, other)]
+        if values[0] != values[1]:
+            yield f"{key}: {values[0]!r} in A, {values[1]!r} in B"
     rows: list[tuple[str, ...]] = [
         ("task", "metric", "A", "B", "B-A", "interval", "higher", "lower", "same", "p")
     ]
@@ -127,18 +157,22 @@ def compare(a: Path, b: Path) -> Iterator[str]:
                     f"{b}: task {name}, metric {metric}: {len(after)} items, {a} has {len(before)}"
                 )
             rows.append((name, metric, *_paired(before, after, task, twin, metric, items)))
-    return _aligned(rows)
+    yield from _aligned(rows)
 
 
 def _paired(before, after, task, twin, metric, items) -> tuple[str, ...]:
+    a, b = (side["metrics"][metric]["value"] for side in (task, twin))
+    numbers = f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"
+    if not before:
+        return *numbers, *("-",) * 5
     differences = [late - early for early, late in zip(before, after, strict=True)]
     higher, lower = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     found = bootstrap(differences, items.get("weights"))
-    values = (side["metrics"][metric]["value"] for side in (task, twin))
+    # A perplexity is no mean over items: of its difference they give no interval.
+    is_mean = math.isclose(found.value, b - a, rel_tol=1e-6, abs_tol=1e-9)
     return (
-        *(f"{value:.4f}" for value in values),
-        f"{found.value:+.4f}",
-        f"{found.low:+.4f} - {found.high:+.4f}",
+        *numbers,
+        f"{found.low:+.4f} - {found.high:+.4f}" if is_mean else "-",
         *map(str, (higher, lower, len(differences) - higher - lower)),
         f"{sign_test(higher, lower):.3g}",
     )

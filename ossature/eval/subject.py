@@ -146,11 +146,13 @@ def open_subject(
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Changes with the files of a checkpoint: of their names, sizes and times, not their bytes."""
+    """Changes with a checkpoint's files: with their names, sizes and times, not their bytes."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in files:
         status = path.stat()
-        digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns} ".encode())
+        name = path.relative_to(folder.parent if folder.is_file() else folder)
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns} ".encode())
     return digest.hexdigest()[:16]
 
 

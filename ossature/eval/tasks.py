@@ -41,7 +41,7 @@ def check(names: Sequence[str], options: TaskOptions) -> None:
             raise ValueError(f"tasks: {kind} takes nothing after a colon, not {argument!r}")
         elif kind == "needle":
             lengths_of(argument)
-        elif kind == "bits_per_byte" and not Path(argument).exists():
+        elif kind == "bits_per_byte" and not (argument and Path(argument).exists()):
             raise ValueError(f"tasks: {name}: no such file or folder: bits_per_byte:PATH")
     if others := of_harness(names):
         from ossature.eval.harness import check_tasks

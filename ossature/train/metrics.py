@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ossature.config import TrainConfig, to_json
+from ossature.eval.results import finite
 
 Record = dict[str, Any]
 
@@ -107,15 +107,6 @@ def cut_after(path: Path, step: int) -> None:
     beside = path.with_name(path.name + ".partial")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     beside.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def router_record(counts: list[list[float]], entropy: list[float]) -> Record:

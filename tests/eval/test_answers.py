@@ -1,5 +1,7 @@
 """A file of answers goes on after a kill, and takes no other model's for its own."""
 
+import json
+
 import pytest
 
 from ossature.eval.answers import Answers, key_of
@@ -32,3 +34,17 @@ def test_answers_of_another_model_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=r"cache.jsonl: (line 1 is none|not the answers)"):
             Answers(file, {})
         assert file.read_text() == text
+
+
+@pytest.mark.parametrize("text", ['{"precious": 1}', "x", '["other"'])
+def test_a_file_of_something_else_keeps_its_bytes(tmp_path, text):
+    """Without an end of line all of it could be a line that a kill has cut short."""
+    path = tmp_path / "x"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="x: not the answers of"):
+        Answers(path, {"weights": "a"})
+    assert path.read_text() == text
+    for begun in ("", '["own', '["owner", {"wei'):  # of a file whose first line was cut short
+        path.write_text(begun)
+        Answers(path, {"weights": "a"}).close()
+        assert json.loads(path.read_text()) == ["owner", {"weights": "a"}]

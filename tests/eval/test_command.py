@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ossature.cli import main
-from ossature.eval.subject import Subject
+from ossature.eval.subject import Subject, weights_fingerprint
 
 
 def test_a_table_a_file_and_answers_that_are_not_asked_twice(folder, tmp_path, capsys, monkeypatch):
@@ -39,6 +39,8 @@ def test_a_table_a_file_and_answers_that_are_not_asked_twice(folder, tmp_path, c
         ([], "eval: no task; give --tasks NAME ..."),
         (["--tasks", "arithmetic", "--samples", "4"], "samples (4) need a temperature above 0"),
         (["--tasks", "arithmetic", "--output", "/nowhere/x.json"], "no such folder: /nowhere"),
+        (["--tasks", "arithmetic", "--output", "."], "error: .: is a folder; give a file"),
+        (["--tasks", "bits_per_byte"], "no such file or folder: bits_per_byte:PATH"),
         (["--tasks", "arithmetic", "--plot", "x.svg"], "plot (x.svg) needs the task needle"),
         (["--tasks", "arithmetic", "--batch", "0"], "batch (0) must be 1 or more"),
     ],
@@ -52,3 +54,11 @@ def test_mistakes_are_one_line(folder, capsys, argv, message):
 def test_compare_takes_two_files(capsys):
     assert main(["eval", "--compare", "a.json"]) == 2
     assert "compare: give two files of results, not 1" in capsys.readouterr().err
+
+
+def test_answers_of_one_gguf_file_are_not_anothers(folder, tmp_path):
+    """A file has no files in it that could tell it from others."""
+    one, other = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    one.write_bytes(b"1")
+    other.write_bytes(b"22")
+    assert len({weights_fingerprint(path) for path in (one, other, folder)}) == 3

@@ -4,7 +4,9 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 pytestmark = [
@@ -182,9 +184,61 @@ def test_the_command_asks_the_harness_and_keeps_its_items(folder, tasks, tmp_pat
         for metric, found in made[task]["metrics"].items():
             assert found["value"] == pytest.approx(results[f"{metric},none"], rel=1e-6)
     assert len(made["local_choices"]["items"]["acc"]["values"]) == 12
+    bits = made["local_texts"]["items"]["bits_per_byte"]
+    mean = np.average(bits["values"], weights=bits["weights"])
+    assert mean == pytest.approx(made["local_texts"]["metrics"]["bits_per_byte"]["value"])
+    words = made["local_texts"]["items"]["word_perplexity"]
+    mean = np.exp(np.average(np.log(words["values"]), weights=words["weights"]))
+    assert mean == pytest.approx(made["local_texts"]["metrics"]["word_perplexity"]["value"])
     assert main(["eval", "--compare", str(output), str(output)]) == 0
     assert main(["eval", str(folder), "--tasks", "no_such_task"]) == 2
     assert "tasks: no_such_task is neither arithmetic, " in capsys.readouterr().err
+
+
+def test_a_run_that_asks_the_harness_draws_on_as_if_it_had_not(subject, tasks, both):
+    from ossature.eval.harness import evaluate
+    from ossature.eval.options import TaskOptions
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    evaluate(subject, ["local_choices"], TaskOptions(limit=2, include_path=str(tasks)))
+    assert states() == before
+
+
+def test_items_have_the_unit_of_their_metric_where_they_have_one():
+    from ossature.eval.harness import _outcome
+
+    head = {"filter": "none", "doc_id": 0, "doc_hash": "", "prompt_hash": "", "target": ""}
+    # The second of a pair for mcc is the number of the choice, and 0 the first one's.
+    items = [
+        {"mcc": (1, 0), "bits_per_byte": (-8.0, 4), "word_perplexity": (-8.0, 2), "acc": 1.0,
+         "bleu": ("a", "b")},
+        {"mcc": (0, 0), "bits_per_byte": (-2.0, 2), "word_perplexity": (-2.0, 1), "acc": 0.0,
+         "bleu": ("a", "b")},
+    ]  # fmt: skip
+    scores = {f"{metric},none": 0.5 for metric in items[0]}
+    samples = [{**head, "filtered_resps": "", **item} for item in items]
+    found = _outcome(scores, samples).metrics
+    assert found["mcc"].values == found["bleu"].values == []
+    assert found["mcc"].summary()["count"] == 2
+    assert found["bits_per_byte"].values == pytest.approx([2 / np.log(2), 1 / np.log(2)])
+    assert found["bits_per_byte"].weights == [4, 2]
+    assert found["word_perplexity"].values == pytest.approx([np.exp(4), np.exp(2)])
+    assert found["acc"].values == [1, 0]
+
+
+def test_a_text_after_nothing_follows_the_beginning_of_a_text(subject):
+    from lm_eval.api.instance import Instance
+
+    from ossature.eval.harness import OssatureLM
+
+    wanted = {"until": ["\n"], "max_gen_toks": 3}
+    (text,) = OssatureLM(subject=subject).generate_until(
+        [Instance("generate_until", {}, ("", wanted), 0)]
+    )
+    assert isinstance(text, str)
 
 
 def test_lm_evals_own_command_line_knows_the_model(folder, tasks):

@@ -66,6 +66,15 @@ def test_scores_are_those_of_whole_logits_one_row_at_a_time(model, monkeypatch):
     assert "forward" not in model.lm_head.__dict__  # the head is as it was
 
 
+def test_a_model_whose_logits_are_no_numbers_gets_nothing_right():
+    broken = ours(hugging_face_model()).eval()
+    with torch.no_grad():
+        broken.norm.weight.fill_(torch.nan)
+    rows = some_rows(3)
+    for row, found in zip(rows, all_scores(broken, rows), strict=True):
+        assert found.missed == len(row.continuation)
+
+
 def test_batches_go_by_length_and_hold_every_row_once():
     rows = [Row([2], [3] * size) for size in (1, 9, 2, 9, 3, 30)]
     made = batches(rows, 18)

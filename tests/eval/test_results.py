@@ -1,6 +1,7 @@
 """Files of results: written whole, compared item by item, refused when they asked other things."""
 
 import json
+import math
 
 import pytest
 
@@ -45,9 +46,48 @@ def test_files_that_asked_other_things_are_refused_by_name(tmp_path):
         list(compare(a, other))
 
 
+def test_a_metric_that_is_no_mean_of_its_items_differs_by_its_value(tmp_path):
+    """A perplexity, and one that its items have no part of."""
+    for name, values, value in (("a", [2.0, 8.0], 4.0), ("b", [2.0, 2.0], 2.0)):
+        metrics = {
+            "perplexity": Metric(values, None, (value, 1.0, 9.0)),
+            "f1": Metric([], None, (value, 1.0, 9.0), 2),
+        }
+        made = to_json("m", {}, {"t": Outcome("f", metrics)})
+        assert made["tasks"]["t"]["metrics"]["f1"]["count"] == 2
+        write(tmp_path / name, made)
+    _, first, second = (row.split() for row in compare(tmp_path / "a", tmp_path / "b"))
+    assert first == ["t", "perplexity", "4.0000", "2.0000", "-2.0000", "-", "0", "1", "1", "1"]
+    assert second == ["t", "f1", "4.0000", "2.0000", "-2.0000", *"-----"]
+
+
+def test_settings_that_differ_are_said(tmp_path):
+    for name, chat in (("a", True), ("b", False)):
+        outcome = Outcome("f", {"accuracy": Metric([1.0])})
+        write(tmp_path / name, to_json("m", {"chat": chat, "seed": 0}, {"t": outcome}))
+    first, *_ = compare(tmp_path / "a", tmp_path / "b")
+    assert first == "chat: True in A, False in B"
+
+
+def test_what_is_no_number_is_null_in_the_file(tmp_path):
+    path = written(tmp_path / "a.json", [1.0, math.nan])
+    assert "NaN" not in path.read_text() and "null" in path.read_text()
+    assert math.isnan(read(path)["tasks"]["sums"]["items"]["accuracy"]["values"][1])
+    assert [line.split()[4] for line in compare(path, path)] == ["B-A", "+nan"]
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "tasks": {"a": 3}}']
-)
+    "text",
+    [
+        "", "[]", "{}", '{"format": 1}', '{"format": 1, "tasks": {"a": 3}}', "[" * 100_000,
+        '{"format": 1, "tasks": {"a": {"fingerprint": "", "metrics": {"m": {"value": "1", "low": 0,'
+        ' "high": 1}}, "items": {"m": {"values": []}}}}}',
+        '{"format": 1, "tasks": {"a": {"fingerprint": "", "metrics": {"m": {"value": 1, "low": 0,'
+        ' "high": 1}}, "items": {"m": {"values": [1, "x"]}}}}}',
+        '{"format": 1, "tasks": {"a": {"fingerprint": "", "metrics": {"m": {"value": 1, "low": 0,'
+        ' "high": 1}}, "items": {"m": {"values": [1], "weights": [1, 2]}}}}}',
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_results_is_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r"x.json: (not|damaged)"):

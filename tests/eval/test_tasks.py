@@ -1,12 +1,17 @@
 """Tasks made from a seed: what they ask, by hand, and that a model that knows gets it right."""
 
+import json
 import math
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 
+from ossature.cli import main
+from ossature.data import vocabulary
 from ossature.data.harmony import Conversation, Message, Rendering, encode, render
+from ossature.data.tokenizer import Tokenizer
 from ossature.eval import bits, chat, needle, puzzles, tasks
 from ossature.eval.likelihood import Score
 from ossature.eval.options import TaskOptions
@@ -86,6 +91,11 @@ def test_needles_of_all_lengths_and_depths(subject, asked, tmp_path):
     needle.plot(found, tmp_path / "grid.svg")
     drawn = (tmp_path / "grid.svg").read_text()
     assert drawn.count("<rect") == 11 and drawn.count("100%</text>") == 10 + 1  # a depth too
+    assert len(found.metrics["accuracy"].values) == 10
+    some = needle.needle(subject, TaskOptions(limit=7), "256,512")
+    assert len(some.metrics["accuracy"].values) == 7  # at most
+    needle.plot(some, tmp_path / "grid.svg")
+    assert (tmp_path / "grid.svg").read_text().count("<rect") == 8
     with pytest.raises(ValueError, match=r"needle: 4096 tokens are more than max_position_emb"):
         needle.needle(subject, TaskOptions(), "4096")
     for wrong in ("x", "12", "4096,"):
@@ -116,6 +126,37 @@ def test_bits_per_byte_by_hand_from_whole_logits(subject, tmp_path, monkeypatch)
         assert value == pytest.approx(nat / math.log(2) / size, rel=1e-5)
     whole = sum(nats) / math.log(2) / sum(sizes)
     assert found.summary()["value"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_bits_per_byte_of_a_corpus_made_with_another_tokenizer_are_those_of_its_text(
+    subject, tmp_path
+):
+    """As many tokens as the model's, and other ones."""
+    texts = ["the red lamp is blue\n", "birds é sit in the garden\n"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    other = Tokenizer(vocabulary.train([" zzyx of wwvq" * 9], subject.tokenizer.vocab_size), "x")
+    other.save(tmp_path / "other")
+    subject.tokenizer.save(tmp_path / "same")
+    found = []
+    for name in ("same", "other"):
+        argv = ["data", "build", str(tmp_path / "texts.jsonl"), "--split", "0,1,0"]
+        argv += ["--output", str(tmp_path / f"data-{name}"), "--tokenizer", str(tmp_path / name)]
+        assert main([*argv, "--workers", "1"]) == 0
+        found.append(bits.bits_per_byte(subject, TaskOptions(), str(tmp_path / f"data-{name}")))
+    plain = bits.bits_per_byte(subject, TaskOptions(), str(tmp_path / "texts.jsonl"))
+    for outcome in found:
+        order = sorted(range(2), key=outcome.metrics["bits_per_byte"].weights.__getitem__)
+        values = [outcome.metrics["bits_per_byte"].values[n] for n in order]
+        expected = plain.metrics["bits_per_byte"].values
+        assert values == pytest.approx(expected, rel=1e-9)
+    assert other.sha256() != subject.tokenizer.sha256()
+
+
+def test_copying_needs_room_for_two_copies(subject):
+    subject.model.config = replace(subject.model.config, max_position_embeddings=31)
+    with pytest.raises(ValueError, match=r"copying: .* \(31\) must be at least 32"):
+        puzzles.copying(subject, TaskOptions())
 
 
 def answer(*messages: tuple[str, str], last: str = "<|return|>") -> Conversation:
