@@ -196,15 +196,20 @@ def test_the_command_asks_the_harness_and_keeps_its_items(folder, tasks, tmp_pat
 
 
 def test_a_run_that_asks_the_harness_draws_on_as_if_it_had_not(subject, tasks, both):
-    from ossature.eval.harness import evaluate
+    from ossature.eval.harness import _random_states_kept, evaluate
     from ossature.eval.options import TaskOptions
 
     def states():
-        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        return np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = states()
     evaluate(subject, ["local_choices"], TaskOptions(limit=2, include_path=str(tasks)))
     assert states() == before
+    # Python's own generator is drawn from by what checks types in tests.
+    python = random.getstate()
+    with _random_states_kept():
+        random.seed(5)
+    assert random.getstate() == python
 
 
 def test_items_have_the_unit_of_their_metric_where_they_have_one():
