@@ -134,11 +134,12 @@ class Few:
         """Of chosen.flatten(), for each row."""
         self.expert = torch.tensor(experts, dtype=torch.int64)
         """Of each row."""
-        self._place = torch.tensor(place, dtype=torch.int64)
+        self.place = torch.tensor(place, dtype=torch.int64)
+        """The row of each of chosen.flatten()."""
 
     def combine(self, rows: Tensor) -> Tensor:
         """Sum of the k rows of each token."""
-        return rows[self._place].unflatten(0, (-1, self.k)).sum(1)
+        return rows[self.place].unflatten(0, (-1, self.k)).sum(1)
 
 
 def _gather_sum(rows: Tensor, order: Tensor, k: int) -> Tensor:

@@ -1,39 +1,51 @@
-"""Matrices in the layout that oneDNN multiplies few rows with: bfloat16 on a CPU, for sampling.
+"""Matrices in the layout that oneDNN multiplies few rows with, on a CPU: for sampling.
 
 A step of sampling reads every matrix once for a few rows, and its time is that of reading.  Rows
 and columns as they lie are read at half the rate of blocks that were put in order beforehand.
-Gate and up rows of an expert come apart on that occasion.
+Gate and up rows of an expert come apart on that occasion, and what is always computed in fp32
+(norms, routers, sinks) is widened.
 
 A matrix takes as much memory as before; it is no parameter any more, and the model can be called
 and nothing else.  Products and biases are added up in fp32 before they are rounded.
 
+In float32 a row of a product has the same bits whatever the other rows: oneDNN is asked whether it
+does so before it is used (that of torch 2.13 does, that of 2.11 does not), and a single row is
+multiplied as two.  tests/model/test_prepacked.py.
+
 The layout is oneDNN's own, through the operators that torch's compiler uses for it (torch 2.11 to
-2.13); tests/model/test_prepacked.py ties the results to the plain model's.
+2.13); the same file ties the results to the plain model's.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ossature.kernels.experts import _activate, sort_by_expert
+from ossature.kernels.experts import Few, sort_by_expert
 from ossature.model.attention import Attention
-from ossature.model.moe import Experts
+from ossature.model.moe import FEW, Experts, Router
 from ossature.model.rope import Rotation, rotate
-from ossature.model.transformer import Head, Transformer
+from ossature.model.transformer import Head, RMSNorm, Transformer
 
 ROWS = 8
 """For which the blocks are chosen; any number works."""
+VECTOR = 64
+"""Numbers that a vectorised loop of torch takes at a time, at most."""
 
 
 def can_prepack(model: Transformer) -> bool:
-    """Whether `prepack` makes this model faster: all of it in bfloat16 on a CPU that has it."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and all(p.device.type == "cpu" and p.dtype == torch.bfloat16 for p in model.parameters())
-    )
+    """Whether `prepack` makes this model faster: all of it in one dtype, on a CPU, all plain."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if any(p.device.type != "cpu" for p in model.parameters()) or len(dtypes) > 1:
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtypes == {torch.bfloat16}:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtypes == {torch.float32} and _keeps_rows_apart(model)
 
 
 @torch.no_grad()
@@ -48,8 +60,19 @@ def prepack(model: Transformer) -> None:
             PrepackedLinear.adopt(module)
         elif type(module) is Head:
             PrepackedHead.adopt(module)
+        elif type(module) is Router:
+            PrepackedRouter.adopt(module)
+        elif type(module) is RMSNorm:
+            module.weight = _widened(module.weight)
         elif type(module) is Experts and module.form == "fast":
             PrepackedExperts.adopt(module)
+
+
+def prepacked(model: nn.Module) -> bool:
+    """Whether this has been done to all of a model."""
+    kinds = PrepackedLinear, PrepackedHead, PrepackedRouter, PrepackedExperts
+    plain = nn.Linear, Head, Router, Experts
+    return not any(isinstance(m, plain) and not isinstance(m, kinds) for m in model.modules())
 
 
 class PrepackedLinear(nn.Linear):
@@ -85,6 +108,7 @@ class PrepackedAttention(Attention):
         attention.qkv_bias = torch.cat([part.bias for part in parts])
         queries, keys = (len(part.bias) // attention.head_dim for part in parts[:2])
         attention.turned = queries, keys
+        attention.sinks.weight = _widened(attention.sinks.weight)
         for name in ("q_proj", "k_proj", "v_proj"):
             attention.register_module(name, None)
 
@@ -111,10 +135,28 @@ class PrepackedHead(Head):
         return _multiply(x, self.blocks, None)
 
 
+class PrepackedRouter(Router):
+    blocks: Tensor
+
+    @classmethod
+    def adopt(cls, router: Router) -> None:
+        router.__class__ = cls
+        assert isinstance(router, cls)
+        router.blocks, router.bias = _ordered(router.weight.float()), _widened(router.bias)
+        router.register_parameter("weight", None)
+
+    def score(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens experts"]:
+        return _multiply(x, self.blocks, self.bias)
+
+
 class PrepackedExperts(Experts):
     gate_up_blocks: list[Tensor]
     """Of each expert; gate rows, then up rows."""
     down_blocks: list[Tensor]
+    biases: tuple[list[Tensor], list[Tensor]]
+    """Of each expert, for the two products."""
+    bounds: tuple[Tensor, Tensor]
+    """Of what comes out of the first product: gates have no lower one."""
 
     @classmethod
     def adopt(cls, experts: Experts) -> None:
@@ -122,13 +164,21 @@ class PrepackedExperts(Experts):
         assert isinstance(experts, cls)
         apart = (torch.cat([w[0::2], w[1::2]]) for w in experts.gate_up_weight.unbind())
         experts.gate_up_blocks = [_ordered(weight) for weight in apart]
+        experts.register_parameter("gate_up_weight", None)
+        experts.down_blocks = [_ordered(weight) for weight in experts.down_weight.unbind()]
+        experts.register_parameter("down_weight", None)
         bias = experts.gate_up_bias
         experts.gate_up_bias = nn.Parameter(
             torch.cat([bias[:, 0::2], bias[:, 1::2]], 1), requires_grad=False
         )
-        experts.register_parameter("gate_up_weight", None)
-        experts.down_blocks = [_ordered(weight) for weight in experts.down_weight.unbind()]
-        experts.register_parameter("down_weight", None)
+        experts.biases = (
+            list(experts.gate_up_bias.detach().unbind()),
+            list(experts.down_bias.detach().unbind()),
+        )
+        most = torch.full_like(bias[0], experts.limit)
+        least = -most
+        least[: len(least) // 2] = -torch.inf
+        experts.bounds = least, most
 
     def forward(
         self,
@@ -136,28 +186,46 @@ class PrepackedExperts(Experts):
         chosen: Int[Tensor, "tokens k"],
         weights: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens hidden"]:
-        order, counts = sort_by_expert(chosen, len(self.down_blocks))
-        used = [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
-        sizes = [count for _, count in used]
-        rows = x[order // chosen.shape[1]].split(sizes)
-        biases = self.gate_up_bias, self.down_bias
-        inner = torch.cat(
-            [
-                _multiply(part, self.gate_up_blocks[expert], biases[0][expert])
-                for part, (expert, _) in zip(rows, used, strict=True)
+        if len(x) == 1:
+            experts = chosen[0].tolist()
+            inner = self._activate(torch.cat([self._gate_up(x, expert) for expert in experts]))
+            rows = zip(inner.split(1), experts, strict=True)
+            placed = torch.cat([self._down(row, expert) for row, expert in rows])
+        elif len(x) <= FEW:
+            few = Few(chosen, 1)
+            rows = x[few.pair // few.k]
+            inner = self._activate(torch.cat([self._gate_up(rows[s], e) for e, s in few.spans]))
+            placed = torch.cat([self._down(inner[s], e) for e, s in few.spans])[few.place]
+        else:
+            order, counts = sort_by_expert(chosen, len(self.down_blocks))
+            sizes = counts.tolist()
+            rows = x[order // chosen.shape[1]].split(sizes)
+            # One expert after the other: what is between its products stays in the cache.
+            out = [
+                self._down(self._activate(self._gate_up(part, expert)), expert)
+                for expert, part in enumerate(rows)
+                if len(part)
             ]
-        )
-        gate, up = inner.chunk(2, -1)
-        inner = _activate(gate, up, self.alpha, self.limit).mul_(1 / self.alpha).split(sizes)
-        out = torch.cat(
-            [
-                _multiply(part, self.down_blocks[expert], biases[1][expert])
-                for part, (expert, _) in zip(inner, used, strict=True)
-            ]
-        )
-        placed = torch.empty_like(out)
-        placed[order] = out
+            place = torch.empty_like(order)
+            place[order] = torch.arange(len(order))
+            placed = torch.cat(out)[place]
         return torch.bmm(weights[:, None], placed.unflatten(0, chosen.shape))[:, 0]
+
+    def _gate_up(self, rows: Tensor, expert: int) -> Tensor:
+        return _multiply(rows, self.gate_up_blocks[expert], self.biases[0][expert])
+
+    def _down(self, rows: Tensor, expert: int) -> Tensor:
+        return _multiply(rows, self.down_blocks[expert], self.biases[1][expert])
+
+    def _activate(self, gate_up: Tensor) -> Tensor:
+        """`ossature.model.moe.swiglu` of gates and ups that lie apart."""
+        gate, up = gate_up.clamp_(*self.bounds).chunk(2, -1)
+        act = (gate * self.alpha).sigmoid_().mul_(gate)
+        return act.addcmul_(act, up)
+
+
+def _widened(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().float(), requires_grad=False)
 
 
 def _ordered(weight: Tensor) -> Tensor:
@@ -165,4 +233,42 @@ def _ordered(weight: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+    if x.dtype == torch.float32 and x.numel() == x.shape[-1]:
+        # oneDNN may multiply a single row in another way than that row among others.
+        return _linear(torch.cat((x, x)), blocks, bias, "none", [], "")[:1]
+    return _linear(x, blocks, bias, "none", [], "")
+
+
+_linear = torch.ops.mkldnn._linear_pointwise.default
+
+
+def _keeps_rows_apart(model: Transformer) -> bool:
+    """Whether all that is computed for a row of float32 has the same bits whatever the others."""
+    config = model.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    # Torch computes what is left over from whole vectors in another way.
+    if config.intermediate_size % VECTOR or heads * config.head_dim % VECTOR:
+        return False
+    shapes: set[tuple[int, ...]] = {(heads * config.head_dim, config.hidden_size)}
+    for module in model.modules():
+        if isinstance(module, Experts):
+            if type(module) is not Experts or module.form != "fast":
+                return False
+            shapes |= {tuple(w.shape[1:]) for w in (module.gate_up_weight, module.down_weight)}
+        elif isinstance(module, nn.Linear | Head | Router):
+            if type(module) not in (nn.Linear, Head, Router):
+                return False
+            shapes.add(tuple(module.get_parameter("weight").shape))
+    return all(_rows_are_apart(min(out, 4096), size) for out, size in sorted(shapes))
+
+
+@cache
+@torch.no_grad()
+def _rows_are_apart(out: int, size: int) -> bool:
+    """Whether products of a matrix of this shape give a row the same bits, tried with some."""
+    draw = torch.Generator().manual_seed(0)
+    blocks = _ordered(torch.randn(out, size, generator=draw))
+    x = torch.randn(200, size, generator=draw)
+    whole = _multiply(x, blocks, None)
+    counts = (1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 100)
+    return all(torch.equal(_multiply(x[:n], blocks, None), whole[:n]) for n in counts)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ossature.data.tokenizer import Tokenizer
 from ossature.model.cache import Cache
 from ossature.model.config import ModelConfig
+from ossature.model.prepacked import prepacked
 from ossature.sample.constraint import Grammars, Matcher
 from ossature.sample.options import Finish, SamplingOptions
 from ossature.sample.sampling import Sampler
@@ -39,7 +40,8 @@ from ossature.sample.text import Continuation
 
 ROWS = 8
 """Rows of a step in float32 on a CPU are filled up to a multiple of it, with copies of one that is
-there.  MKL multiplies fewer than four rows in another way."""
+there.  MKL multiplies fewer than four rows in another way; matrices in oneDNN's order see to it
+themselves: see `ossature.model.prepacked`."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ class Engine:
         self.config: ModelConfig = model.config  # pyright: ignore[reportAttributeAccessIssue]
         first = next(model.parameters())
         self.device = device or first.device
-        self._fill = ROWS if first.dtype == torch.float32 and self.device.type == "cpu" else 1
+        plain = not all(map(prepacked, self.models.values()))
+        exact = first.dtype == torch.float32 and self.device.type == "cpu"
+        self._fill = ROWS if exact and plain else 1
         self.cache = Cache(self.config, max_batch, max_tokens)
         self._numbers = itertools.count()
         self._orders: list[_Order] = []

@@ -1,26 +1,39 @@
-"""A prepacked model beside the plain one: the same numbers, but for how bfloat16 rounds."""
+"""A prepacked model beside the plain one: the same numbers, but for how bfloat16 rounds.
+
+That rows of float32 keep their bits is in tests/sample/test_engine.py.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ossature.model.config import ModelConfig
-from ossature.model.prepacked import can_prepack, prepack
+from ossature.model.prepacked import can_prepack, prepack, prepacked
 from ossature.model.transformer import Transformer
 from ossature.sample.generate import generate
 from tests.tiny import SHAPES, random_tokens
 
 
 def models(dtype: torch.dtype = torch.bfloat16) -> tuple[Transformer, Transformer]:
-    found = []
-    for _ in range(2):
-        # All experts for every token: rounding then changes no choice.
-        shape = SHAPES["oblong"] | {"num_experts_per_tok": 8}
-        model = Transformer(ModelConfig(**shape)).requires_grad_(False)
-        generator = torch.Generator().manual_seed(5)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-        found.append(model.to(dtype).eval())
-    return found[0], found[1]
+    # All experts for every token: rounding then changes no choice.
+    shape = SHAPES["oblong"] | {"num_experts_per_tok": 8}
+    plain, packed = (drawn(ModelConfig(**shape), 0.2).to(dtype) for _ in range(2))
+    return plain, packed
+
+
+def prepackable_model() -> Transformer:
+    """In float32; oneDNN's order wants rows of whole vectors."""
+    sizes = {"hidden_size": 80, "intermediate_size": 64, "num_attention_heads": 12}
+    return drawn(ModelConfig(**(SHAPES["oblong"] | sizes)), 0.4)
+
+
+def drawn(config: ModelConfig, std: float) -> Transformer:
+    model = Transformer(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return model.eval()
 
 
 @pytest.mark.parametrize("shape", [(16, 1), (2, 9), (1, 100)])
@@ -50,11 +63,35 @@ def test_every_large_matrix_is_taken_once_and_none_is_left():
 
     left = {name.rpartition("blocks.")[2] for name, p in packed.named_parameters() if p.ndim > 1}
     ends = {name.partition(".")[2] for name in left if name[0].isdigit()}
-    assert ends == {
-        "moe.router.weight", "moe.experts.gate_up_bias", "moe.experts.down_bias",
-    }  # fmt: skip
+    assert ends == {"moe.experts.gate_up_bias", "moe.experts.down_bias"}
     assert generate(packed, [[5, 6, 7], [8]], 12).shape == (2, 15)
 
 
+@pytest.mark.parametrize("shape", [(16, 1), (1, 1), (2, 9), (1, 100)])
+@torch.no_grad()
+def test_in_float32_a_prepacked_model_computes_what_the_plain_one_does(shape: tuple[int, int]):
+    packed, tokens = prepackable_model(), random_tokens(*shape, 96)
+    if not can_prepack(packed):
+        pytest.skip("oneDNN's products depend on the number of rows here")
+    expected = packed(tokens)
+
+    prepack(packed)
+
+    torch.testing.assert_close(packed(tokens), expected, atol=2e-5, rtol=1e-5)
+    assert prepacked(packed) and not prepacked(prepackable_model())
+
+
+@pytest.mark.parametrize("sizes", [{"intermediate_size": 96}, {"head_dim": 10}])
+def test_in_float32_all_rows_must_be_of_whole_vectors(sizes: dict[str, int]):
+    config = replace(prepackable_model().config, **sizes)
+
+    assert not can_prepack(Transformer(config))
+
+
 def test_other_models_stay_as_they_are():
-    assert not can_prepack(models(torch.float32)[0])
+    plain, packed = (prepackable_model() for _ in range(2))
+    assert not can_prepack(packed.double())
+    plain.embedding.bfloat16()
+    assert not can_prepack(plain)
+    config = plain.config
+    assert not can_prepack(Transformer(config, moe_form="eager"))

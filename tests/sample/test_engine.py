@@ -14,9 +14,11 @@ import torch
 
 from ossature.data.tokenizer import Tokenizer
 from ossature.model.config import ModelConfig
+from ossature.model.prepacked import can_prepack, prepack
 from ossature.model.transformer import Transformer
 from ossature.sample.engine import Completion, Engine, Event, Request, cache_bytes
 from ossature.sample.options import Constraint, SamplingOptions
+from tests.model.test_prepacked import prepackable_model
 from tests.sample.test_command import byte_tokenizer
 from tests.sample.test_generate import WINDOW, tiny_model
 from tests.tiny import SHAPES, random_tokens
@@ -32,6 +34,18 @@ SAMPLED = SamplingOptions(
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     return tiny_model().eval()
+
+
+@pytest.fixture(scope="module", params=["plain", "prepacked"])
+def either(request, model) -> Transformer:
+    """The model, or one whose matrices are in oneDNN's order."""
+    if request.param == "plain":
+        return model
+    ordered = prepackable_model()
+    if not can_prepack(ordered):
+        pytest.skip("oneDNN's products depend on the number of rows here")
+    prepack(ordered)
+    return ordered
 
 
 @pytest.fixture(scope="module")
@@ -68,35 +82,35 @@ def requests_of_many_kinds(count: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_texts_in_a_batch_are_those_said_alone(model, options: SamplingOptions):
+def test_texts_in_a_batch_are_those_said_alone(either, options: SamplingOptions):
     requests = [
         Request(prompt(size, size), changed(options, seed=size)) for size in (1, 40, 7, 3, 8, 20)
     ]
     # More rows than are filled up to, and than a vector holds; the first are compared.
     others = [Request(prompt(5, n), options) for n in range(17)]
 
-    together = Engine(model, max_batch=23).generate([*requests, *others])[:6]
+    together = Engine(either, max_batch=23).generate([*requests, *others])[:6]
 
-    assert together == [alone(model, request) for request in requests]
+    assert together == [alone(either, request) for request in requests]
     assert len({tuple(text.tokens) for (text,) in together}) == 6
 
 
-def test_sixty_four_requests_through_five_places_say_what_each_says_alone(model):
+def test_sixty_four_requests_through_five_places_say_what_each_says_alone(either):
     """Some leave and others join all the time, in chunks, with a cache too small for five long."""
     requests = requests_of_many_kinds(64)
-    engine = Engine(model, max_batch=5, max_tokens=200, prefill_chunk=16)
+    engine = Engine(either, max_batch=5, max_tokens=200, prefill_chunk=16)
 
     together = engine.generate(requests)
 
     for request, texts in zip(requests, together, strict=True):
-        assert texts == alone(model, request, prefill_chunk=16)
+        assert texts == alone(either, request, prefill_chunk=16)
         assert len(texts[0].tokens) == request.options.max_new_tokens
     assert engine.used_tokens == 0 and not engine.busy
 
 
-def test_a_request_that_comes_later_changes_nothing_for_those_that_run(model):
+def test_a_request_that_comes_later_changes_nothing_for_those_that_run(either):
     first, second = (Request(prompt(size, size), SAMPLED) for size in (12, 30))
-    engine = Engine(model, max_batch=2, prefill_chunk=8)
+    engine = Engine(either, max_batch=2, prefill_chunk=8)
     number = engine.submit(first)
     events = [event for _ in range(9) for event in engine.step()]
     later = engine.submit(second)
@@ -104,8 +118,8 @@ def test_a_request_that_comes_later_changes_nothing_for_those_that_run(model):
         events += engine.step()
 
     said = {n: [event.token for event in events if event.request == n] for n in (number, later)}
-    assert said[number] == alone(model, first, prefill_chunk=8)[0].tokens
-    assert said[later] == alone(model, second, prefill_chunk=8)[0].tokens
+    assert said[number] == alone(either, first, prefill_chunk=8)[0].tokens
+    assert said[later] == alone(either, second, prefill_chunk=8)[0].tokens
 
 
 def test_running_texts_go_on_while_a_long_prompt_is_read(model):
