@@ -34,8 +34,8 @@ def attention(m: Ledger, s: Sizes, layer: int) -> None:
     tp = s.config.parallel.tp
     norm(m, s)
     if tp > 1:
-        m.take(KEPT, s.whole_x)
-        m.pass_by(BRIEF, s.whole_x)
+        m.take(KEPT, s.taken_x)
+        m.pass_by(BRIEF, s.taken_x)
         m.give(KEPT, s.x)
     for size in (s.q, s.k):
         m.take(BRIEF, size)
@@ -47,7 +47,7 @@ def attention(m: Ledger, s: Sizes, layer: int) -> None:
     m.take(KEPT, s.k)
     m.take(KEPT, adapters(s))
     if not s.learns("q_proj", "k_proj", "v_proj"):
-        m.give(KEPT, s.whole_x)
+        m.give(KEPT, s.taken_x)
     core(m, s, layer)
     m.take(BRIEF, s.whole_x)
     if tp > 1:
@@ -164,7 +164,7 @@ def attention_backward(m: Ledger, s: Sizes, layer: int, g: Gradients) -> None:
     if tp > 1:
         m.pass_by(BRIEF, s.whole_x + s.x)
         m.give(BRIEF, s.whole_x - s.x)
-    m.give(KEPT, adapters(s) + (s.whole_x if s.learns("q_proj", "k_proj", "v_proj") else 0))
+    m.give(KEPT, adapters(s) + (s.taken_x if s.learns("q_proj", "k_proj", "v_proj") else 0))
     norm_backward(m, s)
     m.take(GRADIENTS, g.norms / 2)
     m.pass_by(BRIEF, s.x)  # the sum with what went around

@@ -22,13 +22,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ossature.config import TrainConfig
 from ossature.kernels.experts import expert_of_rows
 from ossature.kernels.frozen_experts import weighted_swiglu
+from ossature.model.attention import Attention
 from ossature.model.config import ModelConfig
 from ossature.model.moe import Experts
 from ossature.model.transformer import Transformer
+from ossature.parallel.collectives import gathered, reduced
 
 CAPABILITY = {"tensorwise": (9, 0), "rowwise": (9, 0), "mxfp8": (10, 0)}
 """The least that has the products of experts; single products of tensorwise run from 8.9 on."""
@@ -95,6 +98,35 @@ def use_float8(model: Transformer, config: TrainConfig) -> None:
             attention.register_module(name, linear(plain))
         assert isinstance(experts, Experts)
         experts.compute = partial(_experts, multiply)
+
+
+def gather_rounded(attention: Attention, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """`gather` of an attention's input along the sequence, rounded before it travels (tensorwise).
+
+    One byte a number, and to the bit what the projections would round the whole to: its scale is
+    that of the largest number on any rank.
+    """
+    return _GatherRounded.apply(x, attention.q_proj, mesh)
+
+
+class _GatherRounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, projection: Any, mesh: DeviceMesh) -> Tensor:
+        from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
+        from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
+        ctx.group = mesh.get_group()
+        products, dtype = projection.linear_mm_config, projection.config.cast_config_input
+        part = hp_tensor_to_float8_dynamic(
+            x, dtype.target_dtype, products, reduce_amax=True, device_mesh=mesh
+        )
+        numbers = gathered(part._data.view(torch.uint8), 1, ctx.group).view(part._data.dtype)
+        role = part._gemm_input_role
+        return Float8TrainingTensor(numbers, part._scale, x.dtype, products, role)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return reduced(grads[0], 1, ctx.group), None, None
 
 
 def _experts(

@@ -38,7 +38,7 @@ def parallelize(model: Transformer, mesh: DeviceMesh, config: TrainConfig) -> Pi
         split_sequences(model, mesh)
     store_as_numbers(model, COMPUTE_DTYPE[config.precision])
     if axes.tp > 1:
-        split_tensors(model, dense_view(mesh), axes)
+        split_tensors(model, dense_view(mesh), config)
     if axes.tp * axes.ep * axes.etp > 1:
         experts = expert_view(mesh, axes)
         split_experts(model, experts)

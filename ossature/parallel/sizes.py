@@ -94,6 +94,12 @@ class Sizes:
         return self.x * self.config.parallel.tp
 
     @property
+    def taken_x(self) -> Bytes:
+        """The same as attention takes it: rounded before it is gathered, under float8 and tp."""
+        rounded = self.config.float8 == "tensorwise" and self.config.parallel.tp > 1
+        return self.whole_x / (self.item if rounded else 1)
+
+    @property
     def heads(self) -> int:
         return self.shape.num_attention_heads // self.config.parallel.tp
 

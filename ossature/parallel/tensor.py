@@ -15,24 +15,25 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ossature.config import ParallelConfig
+from ossature.config import TrainConfig
 from ossature.model.attention import Attention
 from ossature.model.lora import Adapted
 from ossature.model.moe import MoE
 from ossature.model.transformer import Transformer
 from ossature.parallel.collectives import sum_ranks
+from ossature.parallel.float8 import gather_rounded
 from ossature.parallel.local import Use, added_once, compute_locally, split, summed
 from ossature.parallel.overlap import overlap
 from ossature.parallel.sequence import Sequence
 from ossature.parallel.vocabulary import split_embedding, split_head
 
 
-def split_tensors(model: Transformer, view: DeviceMesh, axes: ParallelConfig) -> None:
+def split_tensors(model: Transformer, view: DeviceMesh, config: TrainConfig) -> None:
     """Divide the model over tp in place; modules that a pipeline stage does not have are skipped.
 
     Args:
         view: of the dense weights, by `mesh.dense_view`.
-        axes: for `loss_parallel` and `async_tp`.
+        config: for `loss_parallel`, `async_tp` and `float8`.
     """
     tp = view["tp"]
     sequence = Sequence(tp.get_group())
@@ -41,7 +42,7 @@ def split_tensors(model: Transformer, view: DeviceMesh, axes: ParallelConfig) ->
         split_embedding(model.embedding, sequence)
         _split(model.embedding, tp, {"weight": 0, "lora_a": 1}, sequence)
     if model.lm_head is not None:
-        split_head(model.lm_head, sequence, axes.loss_parallel)
+        split_head(model.lm_head, sequence, config.parallel.loss_parallel)
         _split(model.lm_head, tp, ROWS, sequence)
         compute_locally(model.norm, weight=summed(sequence.group))
     for block in model.blocks.values():
@@ -49,26 +50,31 @@ def split_tensors(model: Transformer, view: DeviceMesh, axes: ParallelConfig) ->
             compute_locally(block.get_submodule(name), weight=summed(sequence.group))
         attention, moe = block.get_submodule("attention"), block.get_submodule("moe")
         assert isinstance(attention, Attention) and isinstance(moe, MoE)
-        _split_attention(attention, tp, sequence, axes.async_tp)
+        _split_attention(attention, tp, sequence, config)
         _split(moe.router, tp, {}, sequence)
         moe.register_forward_pre_hook(partial(_cut_counted, sequence))
 
 
 def _split_attention(
-    attention: Attention, tp: DeviceMesh, sequence: Sequence, in_pieces: bool
+    attention: Attention, tp: DeviceMesh, sequence: Sequence, config: TrainConfig
 ) -> None:
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         _split(projection, tp, ROWS, sequence)
     _split(attention.sinks, tp, ROWS, sequence)
     columns = {"weight": 1, "lora_a": 1}
     _split(attention.o_proj, tp, columns, sequence, bias=added_once(sequence.group))
-    if in_pieces:
+    if config.parallel.async_tp:
         overlap(attention, sequence)
         return
     plain = attention.forward
+    rounds = config.float8 == "tensorwise"
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return sequence.part(plain(sequence.whole(x), *args, **kwargs))
+        if rounds and sequence.divided:
+            whole = gather_rounded(attention, tp, x)
+        else:
+            whole = sequence.whole(x)
+        return sequence.part(plain(whole, *args, **kwargs))
 
     attention.forward = forward
 

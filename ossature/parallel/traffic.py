@@ -52,7 +52,9 @@ def traffic(
             found["pp"] = found.get("pp", 0.0) + sides * micro_batches * s.x
     for layer in layers:
         times = micro_batches * passes
-        add("tp", axes.tp, 2 * s.x * times)
+        # In every pass attention's input, or its gradient, goes there, and what comes out back.
+        add("tp", axes.tp, (s.x + s.taken_x / axes.tp) * (times - micro_batches))
+        add("tp", axes.tp, 2 * s.x * micro_batches)
         add("etp", axes.etp, 2 * s.x * times)
         add("ep", axes.ep, 2 * s.row / axes.ep * times)
         if axes.cp > 1 and s.slides(layer):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ossature.model.transformer import Transformer
-from ossature.parallel import float8
+from ossature.parallel import collectives, float8, tensor
 from ossature.train import prove
 from ossature.train.loop import train
 from ossature.train.step import targets
 from tests.parallel import parity
 from tests.parallel.parity import Layout
+from tests.ranks import run_ranks
 from tests.small_runs import TINY, ragged_batch, small_run
 
 pytest.importorskip("torchao")
@@ -168,6 +169,35 @@ def test_only_projections_and_experts_multiply_in_8_bits():
         assert prove.relative(*pair) > 2**-8
 
 
+def test_what_is_rounded_before_it_is_gathered_is_the_same_to_the_bit():
+    """Outputs and gradients of tp2, beside a gather in full precision that is rounded after."""
+    run_ranks(2, gather_both_ways)
+
+
+def gather_both_ways(rank: int, world: int) -> None:
+    sizes, found = [], []
+    case = Layout({"tp": 2}, ALL, {"float8_emulate": True, "float8": "tensorwise"}).case()
+
+    def watched(x: torch.Tensor, dim: int, group) -> torch.Tensor:
+        sizes.append(x.element_size())
+        return collectives.gathered(x, dim, group)
+
+    def rounded_after(_attention, mesh, x: torch.Tensor) -> torch.Tensor:
+        return collectives.gather(x, 1, mesh.get_group())
+
+    for change in [(float8, "gathered", watched), (tensor, "gather_rounded", rounded_after)]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*change)
+            found.append(prove.find(case, world))
+    passes = len(prove.batches(case, 0, 1)) * ALL.num_hidden_layers
+    assert sizes == [1] * 2 * passes, "two steps, one byte a number"
+    one, other = found
+    assert one.numbers == other.numbers
+    assert len(one.gradients) > 20
+    for name, gradient in one.gradients.items():
+        assert torch.equal(gradient, other.gradients[name]), name
+
+
 @pytest.mark.slow
 def test_ranks_find_nearly_what_one_process_finds():
     changes = {"float8_emulate": True, "float8": "rowwise", "recompute": "full"}
@@ -175,6 +205,7 @@ def test_ranks_find_nearly_what_one_process_finds():
         Layout({"tp": 2, "ep": 2}, ALL, changes),
         Layout({"dp_shard": 2, "etp": 2}, ALL, changes),
         Layout({"cp": 2}, ALL, {**changes, "float8": "mxfp8"}),
+        Layout({"tp": 2}, ALL, {**changes, "float8": "tensorwise"}),
     ]
     for layout, errors in zip(layouts, parity.worst(2, layouts), strict=True):
         numbers = {name: error for name, error in errors.items() if not name.startswith("weights")}

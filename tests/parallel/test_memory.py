@@ -171,6 +171,7 @@ def test_plans_of_emulated_products_in_8_bits_are_within_ten_percent():
         run_of({}, float8="rowwise", float8_emulate=True, precision="bf16"),
         run_of({}, float8="tensorwise", float8_emulate=True),
         run_of({"ep": 2}, float8="mxfp8", float8_emulate=True, precision="bf16"),
+        run_of({"tp": 2}, float8="tensorwise", float8_emulate=True, precision="bf16"),
     ]
     found = errors(2, runs)
 
