@@ -15,6 +15,21 @@ from typing import Literal
 
 LayerType = Literal["sliding_attention", "full_attention"]
 
+MOST = {
+    "num_hidden_layers": 1000,
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+         "num_key_value_heads", "head_dim"),
+        2**20,
+    ),
+    "num_local_experts": 2**16,
+    "sliding_window": 2**31 - 1,
+    "rope_original_context": 2**31 - 1,
+    "max_position_embeddings": 2**31 - 1,
+}  # fmt: skip
+"""More than any network has: a file that says more is damaged, and to build what it says would
+take all memory there is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -60,6 +75,9 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at most {most}")
         if not self.layer_types:
             words: tuple[LayerType, LayerType] = ("sliding_attention", "full_attention")
             layer_types = tuple(words[n % 2] for n in range(self.num_hidden_layers))

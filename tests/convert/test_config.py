@@ -212,6 +212,20 @@ def test_a_table_of_neither_style_is_refused(tmp_path: Path):
         read_config(written({"hidden_size": 64}, tmp_path))
 
 
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "hidden_size", "num_local_experts", "max_position_embeddings"]
+)
+def test_a_number_that_no_network_has_is_refused_before_memory_is_taken_for_it(
+    key: str, tmp_path: Path
+):
+    table = hugging_face_config(ODD) | {key: 10**12}
+    del table["layer_types"]
+    path = written(table, tmp_path)
+    with pytest.raises(ValueError) as error:
+        read_config(path)
+    assert str(error.value).startswith(f"{path}: {key} (1000000000000) must be at most ")
+
+
 def test_a_key_that_is_there_twice_is_named(tmp_path: Path):
     """Which of the two another reader takes is its own business."""
     path = tmp_path / "config.json"
