@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ VERBS = {verb: target for rows in STAGES.values() for verb, target, _ in rows}
 def main(argv: list[str] | None = None) -> int:
     """Run one command line, without the program's name; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot show is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = run(argv)
         sys.stdout.flush()  # a closed pipe shows here, not at exit

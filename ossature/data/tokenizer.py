@@ -56,9 +56,15 @@ class Tokenizer:
 
         Args:
             special: read "<|end|>" and its like as the special tokens they spell.
+
+        Raises:
+            ValueError: half of a surrogate pair, which bytes that are no UTF-8 may have become.
         """
         if not special:  # nothing is set here: threads may encode at the same time
-            return self.inner.encode(text, add_special_tokens=False).ids
+            try:
+                return self.inner.encode(text, add_special_tokens=False).ids
+            except TypeError:
+                raise ValueError(f"no Unicode text: {text[:100]!a}") from None
         self.inner.encode_special_tokens = False
         ids = self.inner.encode(text, add_special_tokens=False).ids
         self.inner.encode_special_tokens = True

@@ -36,6 +36,8 @@ class SampleOptions:
     """Logits of tokens that were seen are divided by it, or multiplied if negative; 1: none."""
     presence_penalty: float = 0.0
     """Taken off the logits of tokens of the continuation; 0: none."""
+    frequency_penalty: float = 0.0
+    """The same once for each time a token is there; 0: none."""
     seed: int = 0
     """Of the draws: the same command prints the same text."""
     stop: tuple[str, ...] = ()
@@ -112,12 +114,16 @@ def main(argv: list[str]) -> int:
             engine.submit(Request(prompts[row], replace(sampling, seed=options.seed + row), name))
             for row, name in texts
         ]
-        several = len(adapters) > 1
+        several, failed = len(adapters) > 1, False
         printer = Printer([several * f"[{name}] " + options.prompt[row] for row, name in texts])
         while engine.busy:
             for event in engine.step():
-                printer.take(numbers.index(event.request), event.text, bool(event.finished))
-    return 0
+                row = numbers.index(event.request)
+                printer.take(row, event.text, bool(event.finished))
+                if event.finished == "failed" and ranks.first:
+                    print(f"error: prompt {texts[row][0] + 1}: {event.problem}", file=sys.stderr)
+                failed |= event.finished == "failed"
+    return 1 if failed else 0
 
 
 def adapter_folders(words: tuple[str, ...]) -> dict[str, Path]:
@@ -139,7 +145,10 @@ def _sampling(options: SampleOptions, ends: tuple[int, ...]) -> SamplingOptions:
         constraint = Constraint("regex", options.regex)
     elif options.json_schema:
         constraint = Constraint("json_schema", Path(options.json_schema).read_text("utf-8"))
-    same = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    same = (
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty",
+    )  # fmt: skip
     return SamplingOptions(
         **{name: getattr(options, name) for name in same},
         max_new_tokens=options.max_new_tokens, stop=options.stop, stop_ids=ends,
@@ -166,21 +175,28 @@ class Printer:
     """
 
     def __init__(self, prompts: Sequence[str]) -> None:
+        from ossature.data.picture import visible
+
         self.prompts = prompts
         self.texts = [""] * len(prompts)
         self.ended = [False] * len(prompts)
         self.live = 0
-        print(prompts[0], end="", flush=True)
+        self._show = visible if sys.stdout.isatty() else str
+        self._print(prompts[0])
 
     def take(self, row: int, text: str, ended: bool) -> None:
         """More of the text of a row."""
         self.texts[row] += text
         self.ended[row] |= ended
         if row == self.live:
-            print(text, end="", flush=True)
+            self._print(text)
         while self.live < len(self.prompts) and self.ended[self.live]:
             print()
             self.live += 1
             if self.live < len(self.prompts):
-                print(f"\n{self.prompts[self.live]}{self.texts[self.live]}", end="")
+                self._print(f"\n{self.prompts[self.live]}{self.texts[self.live]}")
             sys.stdout.flush()
+
+    def _print(self, text: str) -> None:
+        """Nothing in it drives a terminal; into a file it goes as it is."""
+        print(self._show(text), end="", flush=True)

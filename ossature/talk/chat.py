@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -97,12 +99,16 @@ def main(argv: list[str]) -> int:
     from ossature.talk.terminal import Screen
     from ossature.talk.tools import Program, read_tools
 
+    if sys.stdin is None:
+        raise ValueError("chat: there is no input to read from")
     if environment().world > 1:
         raise ValueError("chat: runs on one process; `ossature serve` runs on several ranks")
     # All that can be wrong is read before the weights are.
     history = History(Path(options.history)) if options.history else None
     if history is not None and not history.file.absolute().parent.is_dir():
         raise ValueError(f"{history.file}: no such folder as {history.file.parent}")
+    if history is not None and history.file.is_dir():
+        raise ValueError(f"{history.file}: a folder, and no file that chats can be kept in")
     chat = history.last() if history is not None and options.resume else Conversation(())
     if options.effort:
         chat = replace(chat, reasoning_effort=options.effort)
@@ -152,7 +158,12 @@ def main(argv: list[str]) -> int:
 def converse(session: Session) -> None:
     """Read lines until there are no more, and do what each says."""
     with contextlib.suppress(ImportError):  # not on every system
-        import readline  # noqa: F401  input() then edits lines and remembers them
+        import readline  # input() then edits lines and remembers them
+
+        # Python turns it off: a text of several lines that is pasted would be so many questions.
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # one wrong byte would lose all that follows it
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             line = read()
@@ -171,10 +182,12 @@ def converse(session: Session) -> None:
 
 def read() -> str:
     """What the user enters: a line, and those after it while they end in a backslash."""
-    lines = [input("> ")]
+    from ossature.talk.terminal import enter
+
+    lines = [enter("> ")]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(input("  "))
+        lines.append(enter("  "))
     return "\n".join(lines)
 
 

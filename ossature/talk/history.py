@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from ossature.data.conversations import conversation
@@ -56,11 +57,28 @@ class History:
             lines[len(lines) - 1 - lines[::-1].index(self._line)] = line
         else:
             lines.append(line)
+        self._write(lines)
         self._line = line
-        partial = self.file.with_name(f"{self.file.name}.partial-{os.getpid()}")
+
+    def remove(self) -> None:
+        """Of this chat nothing is left."""
+        lines = self._lines()
+        if self._line and self._line in lines:
+            del lines[len(lines) - 1 - lines[::-1].index(self._line)]
+            self._write(lines)
+        self._line = ""
+
+    def _write(self, lines: list[str]) -> None:
+        file = self.file.resolve()  # a link stays one
+        partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
         try:
-            partial.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-            partial.replace(self.file)
+            with partial.open("w", encoding="utf-8") as out:
+                if file.exists():  # chats that nobody else may read stay so
+                    shutil.copymode(file, partial)
+                out.write("".join(f"{line}\n" for line in lines))
+                out.flush()
+                os.fsync(out.fileno())
+            partial.replace(file)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ossature.talk import chat_completions, completions, responses
@@ -43,7 +44,7 @@ def application(service: Service, api_key: str, max_body_bytes: int) -> Gate:
     service.metrics.watch(service.worker)
 
     async def body(request: Request) -> bytes:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # pages of other sites may send the rest without asking
             raise Refused(415, "Content-Type: must be application/json")
         found = bytearray()
@@ -115,6 +116,12 @@ def application(service: Service, api_key: str, max_body_bytes: int) -> Gate:
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
         text = f"{request.method} {request.scope['path']}: {error.detail}"
         return JSONResponse(Refused(error.status_code, text).body(), error.status_code)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        service.metrics.gone.inc()  # in the middle of its body
+        request.scope["gone"] = True
+        return Response(status_code=GONE)
 
     @app.exception_handler(EngineFailed)
     async def failed(request: Request, error: EngineFailed) -> JSONResponse:

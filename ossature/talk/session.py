@@ -14,7 +14,7 @@ from ossature.sample.engine import Engine
 from ossature.sample.options import SamplingOptions
 from ossature.talk.answer import Answer
 from ossature.talk.history import History
-from ossature.talk.terminal import Screen
+from ossature.talk.terminal import Screen, enter
 from ossature.talk.tools import Program, result
 
 CALLS = 16
@@ -126,15 +126,21 @@ class Session:
             self.screen.result(call.recipient, text)
             return text
         try:
-            return input("result> ")
+            return enter("result> ")
         except (KeyboardInterrupt, EOFError):
             print()
             return None
 
     def _keep(self, messages: tuple[Message, ...]) -> None:
         chat = replace(self.chat, messages=messages)
-        if self.history is not None and any(message.role == "user" for message in messages):
-            self.history.save(chat)
+        if self.history is not None:
+            try:
+                if any(message.role == "user" for message in messages):
+                    self.history.save(chat)
+                else:
+                    self.history.remove()
+            except OSError as error:  # the chat goes on; the next answer may be saved with it
+                self._note(f"not saved: {error}")
         self.chat = chat
 
     def _note(self, text: str) -> None:

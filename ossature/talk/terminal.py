@@ -11,6 +11,23 @@ from ossature.talk.reading import Piece
 DIM, CYAN, RESET = "\x1b[2m", "\x1b[36m", "\x1b[0m"
 
 
+def enter(prompt: str) -> str:
+    """A line that the user enters.
+
+    Raises:
+        ValueError: it is no text in the terminal's encoding.
+        EOFError: there are no more.
+    """
+    line = input(prompt)
+    try:
+        line.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"what was entered is no {sys.stdin.encoding} text; nothing is sent"
+        ) from None
+    return line
+
+
 class Screen:
     """Prints an answer as it comes.
 

@@ -1,7 +1,9 @@
 """`ossature sample` from the outside, on a tiny model with a tokenizer of bytes."""
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,7 @@ def test_a_stop_string_ends_the_text(folder: Path, capsys: pytest.CaptureFixture
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens (0) must be 1 or more"),
         (["--prompt", "a", "--batch", "0"], "batch (0) must be 1 or more"),
         (["--prompt", "a", "--regex", "a", "--json-schema", "b"], "exclude each other"),
+        (["--prompt", "a\udcff"], "no Unicode text: 'a\\udcff'"),
         (["--prompt", "a", "--regex", "("], "not a regex that can be followed"),
         (["--promt", "a"], "did you mean prompt"),
     ],
@@ -168,6 +171,38 @@ def test_a_regular_expression_holds_for_every_text(
     first, second = capsys.readouterr().out.split("\n\n")
     assert re.fullmatch("a[0-9]{3}-(yes|no)", first)
     assert re.fullmatch("bb[0-9]{3}-(yes|no)\n", second)
+
+
+def test_what_a_model_writes_drives_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    printer = Printer(["A\x1b", "B"])
+    printer.take(1, "\x9b1;\tx", ended=True)
+    printer.take(0, "\x1b[2J", ended=True)
+
+    assert capsys.readouterr().out == "A\\x1b\\x1b[2J\n\nB\\x9b1;\tx\n"
+
+
+def test_a_text_that_fails_is_told_and_the_others_go_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = ossature.load_model(folder)
+    (token,) = byte_tokenizer().encode("X")
+    with torch.no_grad():
+        model.embedding.weight[token] = torch.nan
+    ossature.save_model(model, tmp_path / "broken")
+    byte_tokenizer().save(tmp_path / "broken")
+    words = ["sample", str(tmp_path / "broken"), "--prompt", "aX", "b", "--max-new-tokens", "3"]
+
+    assert main([*words, "--temperature", "0"]) == 1
+    found = capsys.readouterr()
+    assert found.err == "error: prompt 1: the model's logits are not numbers\n"
+    assert found.out.startswith("aX\n\nb") and len(found.out) > 6
+
+
+def test_what_the_output_cannot_show_is_spelled_out(folder: Path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["sample", str(folder), "--prompt", "é", "--max-new-tokens", "1"]) == 0
+    assert sys.stdout.buffer.getvalue().startswith(rb"\xe9")  # type: ignore[attr-defined]
 
 
 def test_a_json_schema_is_read_from_a_file(

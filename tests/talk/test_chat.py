@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ossature.talk.chat import converse
 from ossature.talk.history import History
 from ossature.talk.session import Session
 from ossature.talk.tools import Program, read_tools
+from tests.golden import ROOT
 from tests.talk.scripted import CALL, FINAL, THINK, Scripted, answer, last_question, tokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chat_tools.py"
@@ -185,6 +187,83 @@ def test_a_chat_is_kept_and_resumed_and_others_stay(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_question_that_is_taken_back_is_not_in_the_history(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text('{"messages": "of another program"}\n')
+    talk = session(lambda prompt: answer("yes"), history=History(file))
+    talk.ask("one")
+    talk.undo()
+
+    assert file.read_text() == '{"messages": "of another program"}\n'
+    talk.ask("two")
+    assert History(file).last() == talk.chat and "one" not in file.read_text()
+
+
+def test_a_history_keeps_its_link_and_its_mode(tmp_path):
+    file, link = tmp_path / "kept.jsonl", tmp_path / "link.jsonl"
+    file.touch(mode=0o600)
+    link.symlink_to(file)
+    session(lambda prompt: answer("yes"), history=History(link)).ask("one")
+
+    assert link.is_symlink() and '"one"' in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_answer_that_cannot_be_saved_is_still_part_of_the_chat(tmp_path, capsys):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    talk = session(lambda prompt: answer("yes"), history=History(folder / "chats.jsonl"))
+    folder.rmdir()
+    talk.ask("one")
+
+    assert "[not saved: " in capsys.readouterr().out and said(talk)[-1] == ("final", "yes")
+    folder.mkdir()
+    talk.ask("two")
+    assert History(folder / "chats.jsonl").last() == talk.chat
+
+
+CHILD = """
+from types import SimpleNamespace
+from ossature.talk import chat, terminal
+chat.obey = lambda session, line: print(ascii(line), flush=True)
+chat.converse(SimpleNamespace(screen=terminal.Screen()))
+"""
+
+
+def test_bytes_that_are_no_text_cost_their_own_line_only():
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], input=b"one\ncaf\xe9\ntwo\n", capture_output=True, cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, timeout=60,
+    )  # fmt: skip
+
+    assert b"'one'" in done.stdout and b"'two'" in done.stdout and not done.returncode
+    assert b"error: what was entered is no utf-8 text; nothing is sent" in done.stdout
+
+
+def test_several_lines_that_are_pasted_are_one_question():
+    pytest.importorskip("readline")
+    terminal, inner = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=inner, stdout=inner, stderr=inner, cwd=ROOT,
+        env=os.environ | {"TERM": "xterm"},
+    )  # fmt: skip
+    os.close(inner)
+    try:
+        shown = b""
+        while b"> " not in shown:
+            shown += os.read(terminal, 1000)
+        os.write(terminal, b"\x1b[200~one\rtwo\x1b[201~\r")
+        while b"> " not in shown.partition(b"'")[2].partition(b"'")[2]:
+            shown += os.read(terminal, 1000)
+        os.write(terminal, b"\x04")
+        assert child.wait(20) == 0
+    finally:
+        child.kill()
+        child.wait()
+        os.close(terminal)
+    assert b"'one\\ntwo'" in shown
+
+
 def test_commands(capsys, monkeypatch):
     lines = iter([
         "one \\", "more", "/undo", "/effort high", "/instructions Be brief.", "/analysis hide",
@@ -244,6 +323,7 @@ def test_seeds_go_on_from_answer_to_answer():
         (["--run-tools", "x"], "say with --tools which functions"),
         (["--date", "soon"], "date (soon) must be a day, as YYYY-MM-DD"),
         (["--history", "nowhere/chats.jsonl"], "no such folder as nowhere"),
+        (["--history", "/"], "/: a folder, and no file"),
         (["--tools", "none.json"], "none.json: No such file or directory"),
         ([], "no-model: no such folder"),
     ],

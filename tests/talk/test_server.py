@@ -1,6 +1,7 @@
 """Who is let in, what becomes of those who go away, and how a server ends."""
 
 import concurrent.futures
+import socket
 import subprocess
 import sys
 import threading
@@ -60,6 +61,20 @@ def test_bodies_are_bounded_and_must_be_json():
         assert http.get("/v1/nothing").status_code == 404
         assert http.get(PATH).status_code == 405
         assert http.post(PATH, json=BODY).status_code == 200  # and it goes on
+
+
+def test_a_client_that_goes_away_in_its_body_is_no_mistake_of_the_server(capfd):
+    with serving(lambda prompt: answer("yes")) as there:
+        place = there.url.removeprefix("http://").split(":")
+        with socket.create_connection((place[0], int(place[1]))) as client:
+            client.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+                b"Authorization: Bearer the key\r\nContent-Type: APPLICATION/json\r\n\r\n{"
+            )
+            until(lambda: there.gate.inside == 1)
+        until(lambda: there.gate.gone == 1)
+        assert there.service.metrics.gone._value.get() == 1
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_too_many_are_told_to_come_back():
