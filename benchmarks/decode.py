@@ -268,8 +268,9 @@ def many(requests: int, places: int, prompt: int, new: int, dtype: str, threads:
     import torch
 
     from ossature.model.prepacked import can_prepack, prepack
-    from ossature.sample.engine import Engine, Request
+    from ossature.sample.engine import Engine
     from ossature.sample.options import SamplingOptions
+    from ossature.sample.request import Request
 
     torch.set_num_threads(threads)
     model, draw = build(dtype), random.Random(0)

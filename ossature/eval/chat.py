@@ -15,8 +15,8 @@ from ossature.eval.options import TaskOptions
 from ossature.eval.puzzles import KINDS, sum_of
 from ossature.eval.results import Metric, Outcome
 from ossature.eval.subject import Subject
-from ossature.sample.engine import Request
 from ossature.sample.options import SamplingOptions
+from ossature.sample.request import Request
 
 RENDERING = Rendering("2025-06-28")
 """A day that does not change: the same questions on any day."""

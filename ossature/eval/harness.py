@@ -41,8 +41,8 @@ from ossature.eval.subject import Subject, open_subject
 from ossature.parallel.environment import environment
 from ossature.parallel.launch import Ranks
 from ossature.sample.command import stop_ids
-from ossature.sample.engine import Request
 from ossature.sample.options import SamplingOptions
+from ossature.sample.request import Request
 
 try:
     from lm_eval.api.instance import Instance

@@ -19,8 +19,8 @@ from ossature.eval.puzzles import split
 from ossature.eval.results import Metric, Outcome
 from ossature.eval.statistics import pass_at
 from ossature.eval.subject import Subject
-from ossature.sample.engine import Request
 from ossature.sample.options import SamplingOptions
+from ossature.sample.request import Request
 
 KEYS = ("question", "answer", "grade", "choices", "kind", "id")
 

@@ -26,8 +26,9 @@ from ossature.model.transformer import Transformer
 from ossature.parallel.fsdp import inference
 from ossature.parallel.launch import Ranks
 from ossature.parallel.mesh import sizes
-from ossature.sample.engine import Completion, Engine, Request
+from ossature.sample.engine import Engine
 from ossature.sample.generate import evaluating
+from ossature.sample.request import Completion, Request
 
 
 @dataclass

@@ -38,7 +38,7 @@ def packed_product(rows: Tensor, counts: Tensor, blocks: Tensor, scales: Tensor)
     expert, first, end = _tiles(counts, len(rows))
     # The interpreter cannot multiply bfloat16; in float32 the same numbers are multiplied.
     kind = tl.bfloat16 if rows.is_cuda and rows.dtype == torch.bfloat16 else tl.float32
-    _multiply[(len(expert), triton.cdiv(out, OUT))](
+    _multiply[(len(expert), triton.cdiv(out, OUT))](  # pyright: ignore[reportIndexIssue]
         rows, result, blocks, scales, expert, first, end, out, groups,
         kind, ROWS, OUT, GROUPS,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip

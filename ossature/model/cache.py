@@ -224,3 +224,12 @@ class Step:
             used = torch.arange(window, device=self.place.device) <= self.place[:, None]
             self._slots[window] = self.place % window, used
         return self._slots[window]
+
+
+def cache_bytes(config: ModelConfig, max_batch: int, max_tokens: int, dtype_bytes: int) -> int:
+    """Of keys and values, in all layers; a rank of tp or pp has its part of it."""
+    places = sum(
+        max_tokens if (window := config.window(layer)) is None else max_batch * window
+        for layer in range(config.num_hidden_layers)
+    )
+    return 2 * places * config.num_key_value_heads * config.head_dim * dtype_bytes

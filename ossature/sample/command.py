@@ -83,7 +83,8 @@ def main(argv: list[str]) -> int:
     from ossature.data.tokenizer import load as load_tokenizer
     from ossature.model.prepacked import can_prepack, prepack
     from ossature.parallel.launch import first_prints, launched
-    from ossature.sample.engine import Engine, Request
+    from ossature.sample.engine import Engine
+    from ossature.sample.request import Request
 
     folder = resolve(options.folder)
     if not options.tokenizer and not (folder / "tokenizer.json").is_file():

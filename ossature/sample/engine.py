@@ -21,8 +21,8 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ from ossature.model.config import ModelConfig
 from ossature.model.prepacked import prepacked
 from ossature.sample.constraint import Grammars, Matcher
 from ossature.sample.options import Finish, SamplingOptions
+from ossature.sample.request import Completion, Event, Request
 from ossature.sample.sampling import Sampler
 from ossature.sample.text import Continuation
 
@@ -42,46 +43,6 @@ ROWS = 8
 """Rows of a step in float32 on a CPU are filled up to a multiple of it, with copies of one that is
 there.  MKL multiplies fewer than four rows in another way; matrices in oneDNN's order see to it
 themselves: see `ossature.model.prepacked`."""
-
-
-@dataclass(frozen=True)
-class Request:
-    prompt: Sequence[int]
-    """Tokens."""
-    options: SamplingOptions = field(default_factory=SamplingOptions)
-    adapter: str = ""
-    """Name of one of the engine's adapters; empty: the model as it is."""
-
-
-class Event(NamedTuple):
-    """One more token of a text; or its end, if it was cancelled or has failed."""
-
-    request: int
-    """As `submit` has numbered it."""
-    sample: int
-    """Which of the request's texts."""
-    token: int | None
-    """None if the text was cancelled or has failed."""
-    logprob: float
-    """Log-probability of the token, by the model's own logits."""
-    top: tuple[tuple[int, float], ...]
-    """As many of the most probable tokens as were asked for, with their log-probabilities."""
-    text: str
-    """What has become certain of the text with this token, if the engine has a tokenizer."""
-    finished: Finish
-    problem: str = ""
-    """Why it has failed."""
-
-
-@dataclass
-class Completion:
-    """A whole text."""
-
-    tokens: list[int] = field(default_factory=list)
-    """The stop id that ended it included."""
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    finished: Finish = ""
 
 
 class Engine:
@@ -94,7 +55,7 @@ class Engine:
         max_batch: texts at a time.
         max_tokens: tokens of all running texts together that the cache may have to hold, with all
             that they may still grow by.  Memory: `max_tokens` in each full layer, `max_batch`
-            windows in each sliding layer; see `cache_bytes`.
+            windows in each sliding layer; see `ossature.model.cache.cache_bytes`.
         prefill_chunk: tokens of prompts that are read in a step, at most; longer prompts take
             several steps, between which running texts go on.
         tokenizer: for texts, stop strings and constraints.
@@ -497,12 +458,3 @@ def _ended(request: int, sample: int, finished: Finish, problem: str = "") -> Ev
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def cache_bytes(config: ModelConfig, max_batch: int, max_tokens: int, dtype_bytes: int) -> int:
-    """Of keys and values, in all layers; a rank of tp or pp has its part of it."""
-    places = sum(
-        max_tokens if (window := config.window(layer)) is None else max_batch * window
-        for layer in range(config.num_hidden_layers)
-    )
-    return 2 * places * config.num_key_value_heads * config.head_dim * dtype_bytes

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from ossature.sample.engine import Engine, Request
+from ossature.sample.engine import Engine
 from ossature.sample.options import SamplingOptions
+from ossature.sample.request import Request
 
 
 def generate(

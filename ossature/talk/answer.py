@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from ossature.data.harmony import CHANNELS, Conversation, Message, Rendering, prompt
 from ossature.data.tokenizer import Tokenizer
-from ossature.sample.engine import Engine, Request
+from ossature.sample.engine import Engine
 from ossature.sample.options import SamplingOptions
+from ossature.sample.request import Request
 from ossature.talk.reading import Piece, Reader
 
 

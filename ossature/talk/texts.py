@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ossature.data.tokenizer import Tokenizer
-from ossature.sample.engine import Event, Request
 from ossature.sample.options import Constraint, SamplingOptions
+from ossature.sample.request import Event, Request
 from ossature.sample.text import Until
 from ossature.talk.reading import Piece, Reader
 from ossature.talk.worker import EngineFailed, Worker

@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ossature.sample.engine import Engine, Event, Request
+from ossature.sample.engine import Engine
+from ossature.sample.request import Event, Request
 
 Sink = Callable[[int, Event | None], None]
 """Told of every event of a request with its number, from the engine's thread; None: there comes

@@ -139,7 +139,7 @@ def test_a_chat_is_written_in_harmony_and_only_the_answer_is_graded(subject, mon
     from ossature.data.harmony import encode, render
     from ossature.eval.chat import RENDERING
     from ossature.eval.harness import OssatureLM
-    from ossature.sample.engine import Completion
+    from ossature.sample.request import Completion
     from tests.eval.test_tasks import answer
 
     model = OssatureLM(subject=subject)

@@ -11,8 +11,9 @@ from ossature.config import LoraConfig
 from ossature.convert import adapters
 from ossature.convert.folder import open_source
 from ossature.convert.model import load_adapter, load_model, with_adapter
-from ossature.sample.engine import Engine, Request
+from ossature.sample.engine import Engine
 from ossature.sample.options import SamplingOptions
+from ossature.sample.request import Request
 from tests.sample.test_command import byte_tokenizer
 from tests.tiny import hugging_face_model, ours, random_tokens
 

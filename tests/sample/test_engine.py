@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from ossature.data.tokenizer import Tokenizer
+from ossature.model.cache import cache_bytes
 from ossature.model.config import ModelConfig
 from ossature.model.prepacked import can_prepack, prepack
 from ossature.model.transformer import Transformer
-from ossature.sample.engine import Completion, Engine, Event, Request, cache_bytes
+from ossature.sample.engine import Engine
 from ossature.sample.options import Constraint, SamplingOptions
+from ossature.sample.request import Completion, Event, Request
 from tests.model.test_prepacked import prepackable_model
 from tests.sample.test_command import byte_tokenizer
 from tests.sample.test_generate import WINDOW, tiny_model

@@ -18,8 +18,9 @@ from ossature.config import ParallelConfig
 from ossature.convert.model import load_model
 from ossature.convert.open import open_model
 from ossature.parallel.launch import launched
-from ossature.sample.engine import Engine, Request
+from ossature.sample.engine import Engine
 from ossature.sample.options import SamplingOptions
+from ossature.sample.request import Request
 from tests.golden import ROOT
 from tests.ranks import run_ranks
 from tests.sample.test_command import byte_tokenizer
