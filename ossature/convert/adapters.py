@@ -39,6 +39,8 @@ from ossature.convert.source import missing_sentence
 from ossature.model.config import ModelConfig
 
 PREFIX = "base_model.model."
+DTYPES = ("F32", "F16", "BF16", "F64")
+"""Of tensors in PEFT's format, by safetensors' words."""
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXPERTS = ("gate_up", "down")
 ENDS = ("lora_a", "lora_b", "lora_magnitude")
@@ -228,6 +230,8 @@ def _open_peft(folder: Path, config: ModelConfig) -> Adapter:
         stored = _stored_shape(wanted[name], places[key].kind)
         if found[key] != stored:
             raise ValueError(f"{folder / FILE}: {key} has shape {found[key]}, not {stored}")
+        if (dtype := file.get_slice(key).get_dtype()) not in DTYPES:
+            raise ValueError(f"{folder / FILE}: {key} is {dtype}, not {', '.join(DTYPES)}")
         shapes[name] = wanted[name]
     return Adapter(folder, lora, str(settings.get("base_model_name_or_path") or ""), shapes, read)
 
@@ -240,12 +244,18 @@ def _stored_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
     return shape
 
 
-MUST_BE_OFF = (
-    "lora_bias", "fan_in_fan_out", "layer_replication", "rank_pattern", "alpha_pattern",
-    "modules_to_save", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
-    "trainable_token_indices", "kasa_config", "velora_config", "monteclora_config",
+READ = (
+    "peft_type", "bias", "init_lora_weights", "target_parameters", "base_model_name_or_path",
+    "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora",
 )  # fmt: skip
-"""Settings that change what is computed in a way that we do not."""
+SAYS_NOTHING = (
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "runtime_config", "ensure_weight_tying", "unsloth_fixed",
+)  # fmt: skip
+"""Settings of what has been, or that the names of the tensors say too.  Any other that is on
+changes what is computed, in a way that we do not: modules_to_save or rank_pattern, say."""
 
 
 def peft_settings(settings: dict[str, Any], keys: set[str], path: Path) -> LoraConfig:
@@ -258,8 +268,8 @@ def peft_settings(settings: dict[str, Any], keys: set[str], path: Path) -> LoraC
         raise ValueError(f"{path}: peft_type ({settings.get('peft_type')}) must be LORA")
     if settings.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias ({settings['bias']}) must be none")
-    for key in MUST_BE_OFF:
-        if settings.get(key):
+    for key in settings:
+        if key not in (*READ, *SAYS_NOTHING) and settings[key]:
             raise ValueError(f"{path}: {key} ({settings[key]}) is not supported")
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "orthogonal"):

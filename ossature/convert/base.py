@@ -78,11 +78,12 @@ def identity(folder: Path | str) -> str:
     """Of the weights in a folder, by their files: the same for copies, another after a change."""
     digest = hashlib.blake2b(digest_size=16)
     folder = resolve(folder)
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp"))
-    for name in names:
-        size = (folder / name).stat().st_size
-        digest.update(f"{name}:{size}:".encode())
-        with (folder / name).open("rb", buffering=0) as file:
+    kinds = (".safetensors", ".distcp")
+    in_folder = [] if folder.is_file() else sorted(folder.iterdir())
+    for path in [p for p in in_folder if p.suffix in kinds] or [folder]:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb", buffering=0) as file:
             for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
                 file.seek(start)
                 digest.update(file.read(SAMPLE_BYTES))

@@ -66,7 +66,7 @@ def _beside(path: Path, expected_bytes: int) -> Iterator[tuple[Path, Path]]:
     free = shutil.disk_usage(final.parent).free
     if free < expected_bytes:
         raise OSError(
-            f"{path}: needs {expected_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left"
+            f"{path}: needs {expected_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left"
         )
     partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
     remove(partial)  # of a killed process that had the same number

@@ -171,7 +171,9 @@ def read_metadata(fields: dict[str, Any], vocab_size: int, most_layers: int) -> 
     if left:
         raise ValueError(f"unknown key {', '.join(map(_key, sorted(left)))}")
     for name, key in _TOKENS.items():
-        values[name] = fields.get(key)
+        value = values[name] = fields.get(key)
+        if value is not None and not (type(value) is int and 0 <= value < vocab_size):
+            raise ValueError(f"{key} ({value!r}) must be a token of the {vocab_size} there are")
     truncate = fields.get(TRUNCATE, False)
     if not isinstance(truncate, bool):
         raise ValueError(f"{TRUNCATE} ({truncate!r}) must be true or false")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from ossature.config import parse
+
+if TYPE_CHECKING:
+    from ossature.convert.source import Source
 
 VANISHED = 0.5
 """Share of an adapter's effect below which a merge is warned of."""
@@ -29,6 +32,11 @@ class MergeOptions:
     """Both are for transformers and vLLM.  Of an adapter on experts, 4 bits keep only a part."""
     max_shard_size: str = "5GB"
     """A new file begins where a tensor would take one beyond this: 5GB, 500MB, 4.5GiB."""
+
+
+def stored_as(source: Source, name: str) -> tuple[str, bool]:
+    """The type of a weight's numbers in a folder, and whether they are packed."""
+    return str(source.spec(name).dtype), source.packed(name, 0, 0) is not None
 
 
 def merge(argv: list[str]) -> int:
@@ -80,14 +88,19 @@ def merge(argv: list[str]) -> int:
         touched = [name for name in base.names() if merged.touches(name)]
         size = sum(math.prod(s.shape) * s.dtype.itemsize for s in map(base.spec, touched))
         task = bar.add_task("checking", total=size)
-        for name, size, effect in effects(merged, folders.open_source(options.output)):
+        written = folders.open_source(options.output)
+        for name, size, effect in effects(merged, written):
             found[name] = found.get(name, Effect()).plus(effect)
             bar.advance(task, size)
+    others = [name for name in base.names() if name not in touched]
+    kept = sum(stored_as(base, name) == stored_as(written, name) for name in others)
+    written.close()
     lora = adapter.lora
     print(
         f"{adapter.folder}: {'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank}, scale "
         f"{lora.scale:g}, on {', '.join(lora.targets)}: {len(touched)} of {len(base.names())} "
-        "tensors changed, the others have the bytes they had"
+        f"tensors changed; of the others {kept} have the bytes they had, {len(others) - kept} are "
+        f"as `ossature convert --to {options.to}` makes them"
     )
     for line in describe(report):
         print(line)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from ossature.convert import adapters
 from ossature.convert.base import BASE, base_of
 from ossature.convert.folder import open_source, write_folder
 from ossature.convert.merge import Effect, MergedSource, effects
-from ossature.convert.model import load_adapter, load_model
+from ossature.convert.model import load_adapter, load_model, save_model
 from ossature.convert.names import UnknownTensor
 from ossature.model.lora import merged_weights
 from tests.convert.folders import convert, loaded_by_transformers, theirs, weights
@@ -413,6 +414,8 @@ KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         (lambda f: spoil_config(f, bias="all"), "bias (all) must be none"),
         (lambda f: spoil_config(f, rank_pattern={"q_proj": 8}), "rank_pattern"),
         (lambda f: spoil_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda f: spoil_config(f, use_tomorrows=True), "use_tomorrows (True) is not supp"),
+        (lambda f: spoil_tensors(f, lambda t: t.update({KEY: t[KEY].char()})), "is I8, not"),
         (lambda f: spoil_config(f, init_lora_weights="pissa"), "init_lora_weights (pissa)"),
         (lambda f: spoil_config(f, r=8), "shape"),
         (lambda f: spoil_config(f, r=4.0), "adapter_config.json: r (4.0) must be a number"),
@@ -473,6 +476,25 @@ def test_a_merge_says_when_the_base_is_another_one(bf16, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
     assert main(["merge", str(out), str(native), str(tmp_path / "twice")]) == 0
     assert f"was trained on {bf16}, and the weights in {out} are others" in capsys.readouterr().out
+
+
+def test_a_merge_does_not_say_that_what_it_rounds_keeps_its_bytes(bf16, mxfp4, tmp_path, capsys):
+    """Of a base in bfloat16 all others do; its experts in MXFP4, or a base in float32, do not."""
+    folder = saved_adapter(bf16, tmp_path, PEFT["attention"])
+    experts = 2 * len(load_model(bf16).blocks)
+    wide = tmp_path / "wide"
+    save_model(load_model(bf16, dtype=torch.float32), wide, "native")
+    for number, (base, to, rounded) in enumerate(
+        ((bf16, "bf16", 0), (bf16, "mxfp4", experts), (mxfp4, "mxfp4", 0), (wide, "bf16", None))
+    ):
+        out = tmp_path / str(number)
+        assert main(["merge", str(base), str(folder), str(out), "--to", to]) == 0
+        said = re.search(
+            r"of the others (\d+) have the bytes they had, (\d+) are as", capsys.readouterr().out
+        )
+        assert said
+        kept, made = map(int, said.groups())
+        assert (kept == 0) if rounded is None else (made == rounded)
 
 
 def test_one_adapter_of_the_experts_needs_to_be_named(bf16, tmp_path, capsys):

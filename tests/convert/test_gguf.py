@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ossature import cli
 from ossature.checkpoint.gguf import from_groups, read_header, to_groups
+from ossature.config import LoraConfig
 from ossature.convert import transfer
+from ossature.convert.base import BASE, base_of
 from ossature.convert.folder import open_source
 from ossature.convert.gguf import GgufSource, layout, metadata, read_metadata
 from ossature.convert.gguf_tokenizer import PROBE
@@ -30,6 +32,7 @@ from ossature.data import vocabulary
 from ossature.data.tokenizer import Tokenizer, load
 from ossature.model.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
 from tests.convert.folders import convert, native, theirs, weights
+from tests.convert.test_adapters import ours_adapted, put_on
 from tests.golden import ROOT
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -369,6 +372,7 @@ def edited(file: Path, target: Path, drop: str = "", add: str = "", q8: str = ""
         ({"gpt-oss.expert_count": None}, "gpt-oss.expert_count (None) must be a number"),
         ({"gpt-oss.rope.scaling.type": "linear"}, "gpt-oss.rope.scaling.type (linear)"),
         ({"gpt-oss.attention.value_length": 17}, "gpt-oss.attention.value_length (17) must be 16"),
+        ({"tokenizer.ggml.eos_token_id": 999_999}, "eos_token_id (999999) must be a token of the"),
         ({"gpt-oss.leading_dense_block_count": 1}, "unknown key gpt-oss.leading_dense_block_count"),
     ],
 )
@@ -512,3 +516,16 @@ def test_a_folder_again_has_the_same_experts(folders, file: Path, tmp_path: Path
     assert "its tokenizer is not carried along" in capsys.readouterr().out
     assert run("verify", tmp_path / "back", folders["mxfp4"], "--bytes") == 0
     assert native(open_source(file)).keys() == native(open_source(tmp_path / "back")).keys()
+
+
+def test_a_file_is_a_base_that_adapters_know(folders, file: Path, tmp_path: Path, capsys):
+    adapter = ours_adapted(file, LoraConfig(rank=2, targets=("q_proj",)))
+    put_on(load_model(file), adapter, tmp_path)
+    made = tmp_path / "native"
+    (made / BASE).write_text(base_of(adapter.lora, file, seed=0).text())
+    assert run("merge", file, made, tmp_path / "a", "--to", "mxfp4") == 0
+    assert "warning" not in capsys.readouterr().out
+    assert run("merge", folders["mxfp4"], made, tmp_path / "b", "--to", "mxfp4") == 0
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in other)
