@@ -74,6 +74,8 @@ def attend_stretches(
         out, lse = _grouped_flash(q[n : n + 1], k[None, span], v[None, span], None)
         outs.append(out)
         lses.append(lse)
+    if len(outs) == 1:
+        return _sink(outs[0], lses[0], sinks)
     return _sink(torch.cat(outs), torch.cat(lses), sinks)
 
 
@@ -84,12 +86,16 @@ def _grouped_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tupl
 def _sink(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """(rows, kv_heads, group, head_dim) -> (rows, heads, head_dim), with what the sinks take.
 
-    torch computes what is left over from whole vectors in another way, one number at a time, and
-    the last bit may differ; so the numbers are filled up, and a row has the same bits in any batch.
+    Both are overwritten.  torch computes what is left over from whole vectors in another way, one
+    number at a time, and the last bit may differ; so in float32 the numbers are filled up, and a
+    row has the same bits in any batch.
     """
-    kept = (lse - sinks.to(lse.dtype).view(out.shape[1:3])).flatten()
-    kept = torch.sigmoid(F.pad(kept, (0, -len(kept) % VECTOR)))[: len(kept)]
-    return out.mul(kept.view(lse.shape)[..., None].to(out.dtype)).flatten(1, 2)
+    kept = lse.sub_(sinks.to(lse.dtype).view(out.shape[1:3]))
+    if out.dtype == torch.float32 and (size := kept.numel()) % VECTOR:
+        kept = F.pad(kept.flatten(), (0, -size % VECTOR)).sigmoid_()[:size].view(lse.shape)
+    else:
+        kept.sigmoid_()
+    return out.mul_(kept[..., None]).flatten(1, 2)
 
 
 VECTOR = 64

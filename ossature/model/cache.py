@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ossature.kernels.kept_attention import attend_next, attend_ring, attend_stretches
 from ossature.model.config import ModelConfig
+from ossature.model.rope import inverse_frequencies, rotation
 
 
 class Cache:
@@ -41,6 +42,7 @@ class Cache:
         """Tokens of each row that are kept."""
         self.stretch: list[range] = [range(0)] * rows
         """The places of each row in the stores; empty for a row that is free."""
+        self.frequencies = inverse_frequencies(config)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -157,6 +159,7 @@ class Prompt:
         self.start = cache.stretch[row].start
         place = torch.arange(self.first, self.first + tokens, device=device)
         self.position: Int[Tensor, "batch seq"] = place[None]
+        self.turn = rotation(cache.config, self.position, cache.frequencies)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Float[Tensor, " heads"]
@@ -193,6 +196,7 @@ class Step:
         self.place = torch.tensor(self.lengths, device=device) - 1
         filled = torch.cat([self.place, self.place[:1].expand(fill)])
         self.position: Int[Tensor, "batch seq"] = filled[:, None]
+        self.turn = rotation(cache.config, self.position, cache.frequencies)
         self.store_place = torch.tensor(self.starts, device=device) + self.place
         self.dense = rows == list(range(len(rows)))
         self._slots: dict[int, tuple[Tensor, Tensor]] = {}

@@ -21,13 +21,14 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ossature.kernels.experts import Few, sort_by_expert
 from ossature.model.attention import Attention
 from ossature.model.moe import FEW, Experts, Router
-from ossature.model.rope import Rotation, rotate
+from ossature.model.rope import Rotation
 from ossature.model.transformer import Head, RMSNorm, Transformer
 
 ROWS = 8
@@ -51,9 +52,10 @@ def can_prepack(model: Transformer) -> bool:
 @torch.no_grad()
 def prepack(model: Transformer) -> None:
     """Put the matrices of plain linears, experts and the head in order, in place."""
+    tables = _HeadTables()
     for module in list(model.modules()):
         if type(module) is Attention:
-            PrepackedAttention.adopt(module)
+            PrepackedAttention.adopt(module, tables)
     for module in model.modules():
         # Exactly these: what has adapters, or is packed otherwise, stays as it is.
         if type(module) is nn.Linear:
@@ -63,7 +65,7 @@ def prepack(model: Transformer) -> None:
         elif type(module) is Router:
             PrepackedRouter.adopt(module)
         elif type(module) is RMSNorm:
-            module.weight = _widened(module.weight)
+            PrepackedNorm.adopt(module)
         elif type(module) is Experts and module.form == "fast":
             PrepackedExperts.adopt(module)
 
@@ -96,9 +98,10 @@ class PrepackedAttention(Attention):
     qkv_bias: Tensor
     turned: tuple[int, int]
     """Heads of queries and of keys."""
+    tables: _HeadTables
 
     @classmethod
-    def adopt(cls, attention: Attention) -> None:
+    def adopt(cls, attention: Attention, tables: _HeadTables) -> None:
         parts = attention.q_proj, attention.k_proj, attention.v_proj
         if any(type(part) is not nn.Linear for part in parts):
             return
@@ -107,7 +110,7 @@ class PrepackedAttention(Attention):
         attention.qkv_blocks = _ordered(torch.cat([part.weight for part in parts]))
         attention.qkv_bias = torch.cat([part.bias for part in parts])
         queries, keys = (len(part.bias) // attention.head_dim for part in parts[:2])
-        attention.turned = queries, keys
+        attention.turned, attention.tables = (queries, keys), tables
         attention.sinks.weight = _widened(attention.sinks.weight)
         for name in ("q_proj", "k_proj", "v_proj"):
             attention.register_module(name, None)
@@ -117,8 +120,45 @@ class PrepackedAttention(Attention):
     ) -> tuple[Float[Tensor, "batch seq heads head_dim"], Tensor, Tensor]:
         heads = _multiply(x, self.qkv_blocks, self.qkv_bias).unflatten(-1, (-1, self.head_dim))
         turned = sum(self.turned)
-        q, k = rotate(heads[..., :turned, :], rotation).split(self.turned, -2)
+        q, k = self.tables.rotate(heads[..., :turned, :], rotation).split(self.turned, -2)
         return q, k, heads[..., turned:, :]
+
+
+class _HeadTables:
+    """The tables of RoPE laid out for whole heads: once a pass, for all of its layers."""
+
+    def __init__(self) -> None:
+        self._of: Rotation | None = None
+
+    def rotate(
+        self, x: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
+    ) -> Float[Tensor, "batch seq heads head_dim"]:
+        """As `ossature.model.rope.rotate`, with fewer operations."""
+        if self._of is not rotation:
+            cos, sin = (table.to(x.dtype)[:, :, None] for table in rotation)
+            self._cos, self._sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            self._of = rotation
+        return (x * self._cos).addcmul_(x.roll(x.shape[-1] // 2, -1), self._sin)
+
+
+class PrepackedNorm(RMSNorm):
+    """The layer norm of (x, -x): their mean is zero, and what is left is a root mean square.
+
+    One operation does it, in fp32, the multiplication with the weight included.
+    """
+
+    twice: Tensor
+
+    @classmethod
+    def adopt(cls, norm: RMSNorm) -> None:
+        norm.__class__ = cls
+        assert isinstance(norm, cls)
+        norm.weight = _widened(norm.weight)
+        norm.twice = torch.cat([norm.weight, torch.zeros_like(norm.weight)]).detach()
+
+    def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        both = torch.cat((x, -x), -1)
+        return F.layer_norm(both, self.twice.shape, self.twice, None, self.eps)[..., : x.shape[-1]]
 
 
 class PrepackedHead(Head):
@@ -187,10 +227,12 @@ class PrepackedExperts(Experts):
         weights: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens hidden"]:
         if len(x) == 1:
-            experts = chosen[0].tolist()
-            inner = self._activate(torch.cat([self._gate_up(x, expert) for expert in experts]))
-            rows = zip(inner.split(1), experts, strict=True)
-            placed = torch.cat([self._down(row, expert) for row, expert in rows])
+            # In float32 as two: see `_multiply`.
+            twins = 2 if x.dtype == torch.float32 else 1
+            experts, rows = chosen[0].tolist(), x.expand(twins, -1).contiguous()
+            inner = self._activate(torch.cat([self._gate_up(rows, expert) for expert in experts]))
+            pairs = zip(inner.split(twins), experts, strict=True)
+            placed = torch.cat([self._down(part, expert) for part, expert in pairs])[::twins]
         elif len(x) <= FEW:
             few = Few(chosen, 1)
             rows = x[few.pair // few.k]
@@ -198,8 +240,7 @@ class PrepackedExperts(Experts):
             placed = torch.cat([self._down(inner[s], e) for e, s in few.spans])[few.place]
         else:
             order, counts = sort_by_expert(chosen, len(self.down_blocks))
-            sizes = counts.tolist()
-            rows = x[order // chosen.shape[1]].split(sizes)
+            rows = x[order // chosen.shape[1]].split(counts.tolist())
             # One expert after the other: what is between its products stays in the cache.
             out = [
                 self._down(self._activate(self._gate_up(part, expert)), expert)
@@ -209,7 +250,8 @@ class PrepackedExperts(Experts):
             place = torch.empty_like(order)
             place[order] = torch.arange(len(order))
             placed = torch.cat(out)[place]
-        return torch.bmm(weights[:, None], placed.unflatten(0, chosen.shape))[:, 0]
+        sums = torch.bmm(weights[:, None].float(), placed.unflatten(0, chosen.shape).float())
+        return sums[:, 0].to(x.dtype)
 
     def _gate_up(self, rows: Tensor, expert: int) -> Tensor:
         return _multiply(rows, self.gate_up_blocks[expert], self.biases[0][expert])

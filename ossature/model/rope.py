@@ -37,9 +37,19 @@ def rotate(
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def rotation(config: ModelConfig, position: Int[Tensor, "batch seq"]) -> Rotation:
-    """The tables of these positions, in fp32."""
-    angle = position[..., None].float() * inverse_frequencies(config).to(position.device)
+def rotation(
+    config: ModelConfig,
+    position: Int[Tensor, "batch seq"],
+    frequencies: Float[Tensor, " half"] | None = None,
+) -> Rotation:
+    """The tables of these positions, in fp32.
+
+    Args:
+        frequencies: `inverse_frequencies` of the config, if they are at hand.
+    """
+    if frequencies is None:
+        frequencies = inverse_frequencies(config)
+    angle = position[..., None].float() * frequencies.to(position.device)
     scale = concentration(config)
     return Rotation(angle.cos() * scale, angle.sin() * scale)
 

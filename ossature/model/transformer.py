@@ -74,7 +74,7 @@ class Transformer(nn.Module):
             seen, position = lay_out(document, position, cache)
         assert position is not None
         counted = None if router_log is None else document >= 0
-        turn = rotation(self.config, position)
+        turn = turns(self.config, seen, position)
         x = self.embedding(tokens)
         x = through_blocks(self.blocks, x, turn, seen, counted, router_log)
         if cache is not None:
@@ -98,6 +98,13 @@ def lay_out(
         return cache, cache.position
     layout = Layout(document)
     return layout, layout.position if position is None else position
+
+
+def turns(
+    config: ModelConfig, layout: Layout | Prompt | Step, position: Int[Tensor, "batch seq"]
+) -> Rotation:
+    """Tables for RoPE; a turn of a cache has them."""
+    return rotation(config, position) if isinstance(layout, Layout) else layout.turn
 
 
 def through_blocks(

@@ -20,8 +20,7 @@ from ossature.model.cache import Prompt, Step
 from ossature.model.config import ModelConfig
 from ossature.model.flops import matmul_parameters
 from ossature.model.moe import RouterLog, RouterStatistics
-from ossature.model.rope import rotation
-from ossature.model.transformer import Transformer, through_blocks
+from ossature.model.transformer import Transformer, through_blocks, turns
 
 V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
 
@@ -141,7 +140,7 @@ class Stage(nn.Module):
         layout = self.view.layout(document) if layout is None else layout
         log = None if counted is None else RouterLog()
         x = x if self.embedding is None else self.embedding(x)
-        turn = rotation(self.config, position)
+        turn = turns(self.config, layout, position)
         x = through_blocks(self.blocks, x, turn, layout, counted, log)
         if log is not None:
             for number, statistics in zip(self.blocks, log.layers, strict=True):
