@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -153,5 +154,11 @@ def _sent(
 def _put_together(
     group: Group, experts: Forward, x: Tensor, chosen: Tensor, weights: Tensor
 ) -> Tensor:
-    x, chosen, weights = (gather(part, 0, group) for part in (x, chosen, weights))
-    return reduce_scatter(experts(x, chosen, weights), 0, group)
+    parts = x, chosen, weights
+    tokens = len(x)
+    if not torch.is_grad_enabled():  # ranks train on as many tokens; what they evaluate may differ
+        most = torch.tensor(tokens, device=x.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        parts = tuple(F.pad(part, (0, 0, 0, int(most) - tokens)) for part in parts)
+    whole = (gather(part, 0, group) for part in parts)
+    return reduce_scatter(experts(*whole), 0, group)[:tokens]
