@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ossature.data import harmony
-from ossature.data.conversations import Shape, conversation
+from ossature.data.conversations import Shape, check_learnable, conversation
 from ossature.data.encoder import RankEncoder, encoder
 from ossature.data.harmony import Conversation, Loss, Piece, Rendering
 from ossature.data.sources import Entry, Part, Source, records
@@ -155,6 +155,7 @@ def _conversations(job: Job, bad: list[str]) -> Iterator[Read]:
                 if entry.error:
                     raise ValueError(entry.error)
                 chat = conversation(entry.record, job.shape, ignore)
+                check_learnable(chat)
                 pieces = harmony.render(chat, settings.rendering)
                 learnt = harmony.targets(chat, pieces, settings.loss)
                 size = len(harmony.text(pieces).encode("utf-8"))

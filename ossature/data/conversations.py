@@ -13,6 +13,7 @@ silence.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -107,6 +108,27 @@ def conversation(
     )
 
 
+def check_learnable(chat: Conversation) -> None:
+    """Refuse what a model may have said, and none should learn.
+
+    Raises:
+        ValueError: a message of the assistant, to nobody in particular, has no text; or a function
+            has no name that a header can hold.
+    """
+    names = [tool["name"] for tool in chat.tools]
+    for name in [*names, *(m.recipient or m.author for m in chat.messages)]:
+        if name and not NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is no name of a function: letters, figures, _, - and . alone"
+            )
+    for message in chat.messages:
+        if message.role == "assistant" and not message.recipient and not message.text.strip():
+            raise ValueError(
+                f"an empty message of the assistant (channel {message.channel}): it would learn to "
+                "say nothing"
+            )
+
+
 def _check(messages: list[Message], answered: bool) -> None:
     if answered and not any(message.role == "assistant" for message in messages):
         raise ValueError("no message of the assistant: there is nothing to learn")
@@ -120,9 +142,16 @@ def _check(messages: list[Message], answered: bool) -> None:
 REASONING = ("thinking", "reasoning", "reasoning_content")
 """Names that an assistant's analysis goes by."""
 KEYS = {
-    "role", "content", "thinking", "reasoning", "reasoning_content", "tool_calls", "channel",
-    "recipient", "name", "tool_call_id",
-}  # fmt: skip
+    "system": {"role", "content", "name"},
+    "developer": {"role", "content", "name"},
+    "user": {"role", "content", "name"},
+    "assistant": {"role", "content", *REASONING, "tool_calls", "channel", "recipient", "name"},
+    "tool": {"role", "content", "name", "tool_call_id"},
+}
+"""Of messages, by role."""
+CALL_KEYS = {"id", "type", "index", "function", "name", "arguments", "content_type"}
+NAME = re.compile(r"[\w.-]+")
+"""Of a function: a header with a blank in it would be read in another way."""
 
 
 def _messages(given: list[Any]) -> Iterator[Message]:
@@ -131,10 +160,17 @@ def _messages(given: list[Any]) -> Iterator[Message]:
         if not isinstance(entry, dict):
             raise ValueError(f"message {n} must be an object, not {type(entry).__name__}")
         entry = {key: value for key, value in entry.items() if value is not None}
-        unknown = [key for key in entry if key not in KEYS]
-        if unknown:
-            raise ValueError(f"message {n}: key {unknown[0]!r} has no meaning here")
         role = entry.get("role")
+        if not isinstance(role, str) or role not in KEYS:
+            raise ValueError(
+                f"message {n}: role {role!r} must be system, developer, user, assistant or tool"
+            )
+        everywhere = set().union(*KEYS.values())
+        for key in entry:
+            if key not in everywhere:
+                raise ValueError(f"message {n}: key {key!r} has no meaning here")
+            if entry[key] and key not in KEYS[role]:
+                raise ValueError(f"message {n}: key {key!r} has no meaning in one of role {role}")
         if role in ("system", "developer"):
             yield Message("developer", _text(entry, n))
         elif role == "user":
@@ -147,17 +183,13 @@ def _messages(given: list[Any]) -> Iterator[Message]:
             name = name.removeprefix("functions.")
             text, kind = _result(entry.get("content"), n)
             yield Message("tool", text, author=_function(name), content_type=kind)
-        elif role == "assistant":
+        else:
             for message in _assistant(entry, n):
                 called = message.recipient or called
                 yield message
             if not entry.get("recipient"):  # its calls were read, and are well formed
                 calls = [c for c in entry.get("tool_calls") or [] if isinstance(c.get("id"), str)]
                 ids |= {call["id"]: call.get("function", call)["name"] for call in calls}
-        else:
-            raise ValueError(
-                f"message {n}: role {role!r} must be system, developer, user, assistant or tool"
-            )
 
 
 def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
@@ -168,12 +200,15 @@ def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
     calls = entry.get("tool_calls") or []
     if not isinstance(calls, list):
         raise ValueError(f"message {n}: tool_calls must be a list")
-    content = entry.get("content") or ""
-    if content:
-        content = _text(entry, n)
+    content = _text(entry, n) if "content" in entry else ""
     if len(thinking) > 1:
         raise ValueError(f"message {n}: has thinking under more than one of {', '.join(REASONING)}")
     if entry.get("recipient"):
+        if thinking or calls:
+            both = "thinking" if thinking else "tool_calls"
+            raise ValueError(
+                f"message {n}: has a recipient, and {both} too: give each a message of its own"
+            )
         recipient = _function(_plain(entry["recipient"], n))
         yield Message("assistant", content, channel or "commentary", recipient)
         return
@@ -187,9 +222,13 @@ def _assistant(entry: dict[str, Any], n: int) -> Iterator[Message]:
         if content:  # as the published template reads it
             yield Message("assistant", content, channel or "analysis")
         for call in calls:
-            call = call.get("function", call) if isinstance(call, dict) else call
+            outer = call if isinstance(call, dict) else {}
+            call = outer.get("function", outer)
             if not isinstance(call, dict) or not isinstance(call.get("name"), str):
                 raise ValueError(f"message {n}: a tool call has no name")
+            for key in (*outer, *call):
+                if key not in CALL_KEYS and {**outer, **call}[key] is not None:
+                    raise ValueError(f"message {n}: key {key!r} of a tool call has no meaning here")
             arguments = call.get("arguments", {})
             if not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)

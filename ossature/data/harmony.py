@@ -165,9 +165,9 @@ def targets(conversation: Conversation, pieces: Sequence[Piece], loss: Loss) -> 
     """Which pieces the model learns to write.
 
     assistant: its messages from <|channel|> (or " to=") through their ends, and the beginning
-    <|start|>assistant of one that follows another, which the model writes too.  final: answers
-    alone, through <|return|>.  last_turn: as assistant, after the last message of the user.  all:
-    the assistant's messages whole.
+    <|start|>assistant of one that follows another, which the model writes too; not after a call,
+    with which it stops.  final: answers alone, through <|return|>.  last_turn: as assistant, after
+    the last message of the user.  all: the assistant's messages whole.
     """
     messages = conversation.messages
     users = [n for n, message in enumerate(messages) if message.role == "user"]
@@ -185,6 +185,7 @@ def targets(conversation: Conversation, pieces: Sequence[Piece], loss: Loss) -> 
         if mine and piece.part == "start" and loss in ("assistant", "last_turn"):
             previous = before.get(n, -1)
             mine = previous >= 0 and messages[previous].role == "assistant"
+            mine = mine and not messages[previous].recipient
         chosen.append(mine)
     return chosen
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from ossature.cli import main
 from ossature.data import harmony
 from ossature.data.conversations import conversation
 from ossature.data.harmony import Rendering
@@ -461,6 +462,17 @@ def test_options_without_sense_are_refused(given, message, tokenizer, tmp_path, 
     with pytest.raises(ValueError, match=message):
         data_chat(*given, *options, "--output", tmp_path / "out", "--tokenizer", tokenizer)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_an_empty_answer_is_a_bad_record(tokenizer, tmp_path, capsys):
+    file = tmp_path / "x.jsonl"
+    rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": ""}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["data", "chat", str(file), "--output", str(tmp_path / "out"), "--seq-len", "200"]
+    argv += ["--tokenizer", str(tokenizer), "--split", "1,0,0"]
+    assert main(argv) == 2
+    assert "line 2: an empty message of the assistant" in capsys.readouterr().err
+    assert main([*argv, "--skip-bad", "1"]) == 0
 
 
 def test_nothing_to_learn_from_is_an_error(tokenizer, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ossature.data import harmony, vocabulary
-from ossature.data.conversations import conversation, shape_of
+from ossature.data.conversations import check_learnable, conversation, shape_of
 from ossature.data.harmony import Conversation, Message, Parser, Rendering, Style
 from ossature.data.tokenizer import Tokenizer, load
 from tests.golden import golden
@@ -158,6 +158,17 @@ def test_the_model_learns_all_that_it_will_write():
     )
 
 
+def test_after_a_call_another_begins_what_writes_the_prompt():
+    """Of two calls at once: the model stops with the first, and does not begin the second."""
+    calls = [{"name": name, "arguments": {}} for name in "fg"]
+    record = {"messages": [user("q"), {"role": "assistant", "tool_calls": calls, "thinking": "t"}]}
+    assert marked(record, "assistant") == (
+        ".<|channel|>analysis<|message|>t<|end|>"
+        "<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{}<|call|>"
+        ". to=functions.g<|channel|>commentary json<|message|>{}<|call|>"
+    )
+
+
 def test_other_choices_of_the_loss():
     three = RECORDS["three_turn"]
     assert marked(three, "final") == (
@@ -257,6 +268,18 @@ def tool(parameters: dict, **keys) -> dict:
         ({"conversations": [{"from": "alien", "value": "q"}]}, "'from' 'alien'"),
         ({"conversations": [{"from": "human", "text": "q"}]}, "'from' and 'value'"),
         ({"messages": []}, "must be a list of messages"),
+        ({"messages": [user("q"), {**A, "content": False}]}, "2: content must be a text, not bool"),
+        ({"messages": [{**user("q"), "thinking": "t"}, A]}, "'thinking' has no meaning in one of"),
+        ({"messages": [{**user("q"), "tool_calls": [1]}, A]}, "'tool_calls' has no meaning in one"),
+        ({"messages": [user("q"), {**A, "recipient": "f", "thinking": "t"}]}, "recipient, and thi"),
+        (
+            {"messages": [user("q"), {**A, "recipient": "f", "tool_calls": [{"name": "g"}]}]},
+            "message 2: has a recipient, and tool_calls too",
+        ),
+        (
+            {"messages": [user("q"), {**A, "tool_calls": [{"name": "g", "why": "w"}]}]},
+            "message 2: key 'why' of a tool call has no meaning",
+        ),
         ({"messages": [user("\ud800"), A]}, "surrogate"),
         ({"messages": [user("q"), A], "tools": "[" * 100_000}, "nested too deeply"),
         (tool({"properties": {"x": "string"}}), "tool f: parameters: x must be a JSON schema"),
@@ -273,6 +296,23 @@ def tool(parameters: dict, **keys) -> dict:
 def test_a_record_that_is_not_as_it_must_be_is_named(record, words):
     with pytest.raises(ValueError, match=words):
         read(record)
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"instruction": "q", "output": " "}, "empty message of the assistant \\(channel final"),
+        ({"messages": [user("q"), {**A, "content": "", "thinking": "t"}]}, "channel final"),
+        (
+            {"messages": [user("q"), {"role": "assistant", "tool_calls": [{"name": "f <|end|>"}]}]},
+            "'functions.f <|end|>' is no name of a function",
+        ),
+        ({"messages": [user("q"), A], "tools": [{"name": "f }"}]}, "'f }' is no name of a func"),
+    ],
+)
+def test_what_a_model_may_say_and_none_should_learn_is_named(record, words):
+    with pytest.raises(ValueError, match=words.replace("|", "[|]")):
+        check_learnable(read(record))
 
 
 def test_nulls_in_a_tool_are_keys_that_it_lacks():
