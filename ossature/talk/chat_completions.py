@@ -15,7 +15,6 @@ from ossature.talk.service import (
     Counted,
     Service,
     constraints,
-    forced_header,
     format_constraint,
     merged_instructions,
     read_tools,
@@ -45,12 +44,13 @@ async def asked(service: Service, body: ChatBody) -> Asked:
     if body.reasoning_effort is not None:
         record["reasoning_effort"] = body.reasoning_effort
     _, tokens = await service.chat_prompt(record)
-    header = forced_header(tools.forced, service.tokenizer) if tools.forced else []
+    heads = tools.heads(service.tokenizer)
+    longest = max(map(len, heads.values()), default=0)
     most = body.max_tokens or body.max_completion_tokens
-    sampling = service.sampling(body, len(tokens) + len(header), most, body.top_logprobs or 0)
+    sampling = service.sampling(body, len(tokens) + longest, most, body.top_logprobs or 0)
     answer = format_constraint(body.response_format, "response_format")
     find = await constraints(service, tools, answer)
-    return Asked([[*tokens, *header]], sampling, adapter, True, header, stops(body), find)
+    return Asked([tokens], sampling, adapter, True, heads, stops(body), find)
 
 
 def _entry(message: dict[str, Any]) -> dict[str, Any]:

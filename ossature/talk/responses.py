@@ -17,7 +17,6 @@ from ossature.talk.service import (
     Counted,
     Service,
     constraints,
-    forced_header,
     format_constraint,
     merged_instructions,
     read_tools,
@@ -45,11 +44,12 @@ async def asked(service: Service, body: ResponsesBody) -> Asked:
     if body.reasoning is not None and body.reasoning.effort is not None:
         record["reasoning_effort"] = body.reasoning.effort
     _, tokens = await service.chat_prompt(record)
-    header = forced_header(tools.forced, service.tokenizer) if tools.forced else []
-    sampling = service.sampling(body, len(tokens) + len(header), body.max_output_tokens)
+    heads = tools.heads(service.tokenizer)
+    longest = max(map(len, heads.values()), default=0)
+    sampling = service.sampling(body, len(tokens) + longest, body.max_output_tokens)
     answer = format_constraint(body.text.format if body.text else None, "text.format")
     find = await constraints(service, tools, answer)
-    return Asked([[*tokens, *header]], sampling, adapter, True, header, (), find)
+    return Asked([tokens], sampling, adapter, True, heads, (), find)
 
 
 def _entries(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

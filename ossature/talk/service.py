@@ -21,7 +21,7 @@ from ossature.sample.options import Constraint, SamplingOptions
 from ossature.talk.bodies import CommonBody, ResponseFormat, SampledBody, TextFormat
 from ossature.talk.metrics import Metrics
 from ossature.talk.refused import Refused, reading
-from ossature.talk.texts import Asked, Said, Texts
+from ossature.talk.texts import TO_FUNCTION, Asked, Said, Texts
 from ossature.talk.worker import Worker
 
 RETRY_SECONDS = 2
@@ -236,8 +236,14 @@ class Tools(NamedTuple):
 
     functions: list[dict[str, Any]]
     """Those that the model is told of."""
-    forced: str
-    """The one that it has to call; empty if it may do as it likes."""
+    forced: tuple[str, ...]
+    """Of these it has to call one; empty if it may do as it likes."""
+
+    def heads(self, tokenizer: Tokenizer) -> dict[str, list[int]]:
+        """The head of a call of each that is forced, after `<|start|>assistant`."""
+        special = tokenizer.special
+        kind = [special[CHANNEL], *tokenizer.encode("commentary json"), special[MESSAGE]]
+        return {name: [*tokenizer.encode(f"{TO_FUNCTION}{name}"), *kind] for name in self.forced}
 
 
 def read_tools(functions: list[dict[str, Any]], choice: str, named: str) -> Tools:
@@ -248,36 +254,22 @@ def read_tools(functions: list[dict[str, Any]], choice: str, named: str) -> Tool
         raise Refused(400, f"tools: there are two of the name {twice!r}", "tools")
     if choice == "required" and not names:
         raise Refused(400, "tool_choice: 'required', but there are no tools", "tool_choice")
-    if choice == "required":
-        if len(names) != 1:
-            raise Refused(
-                400, "tool_choice: 'required' takes one tool; of several, name one", "tool_choice"
-            )
-        named = names[0]
     if named and named not in names:
         known = f"only {', '.join(names)}" if names else "there are no tools"
         raise Refused(400, f"tool_choice: there is no tool {named!r}: {known}", "tool_choice")
-    return Tools([] if choice == "none" else functions, named)
-
-
-def forced_header(name: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens with which a call of a tool begins, after `<|start|>assistant`."""
-    special = tokenizer.special
-    return [
-        *tokenizer.encode(f" to=functions.{name}"), special[CHANNEL],
-        *tokenizer.encode("commentary json"), special[MESSAGE],
-    ]  # fmt: skip
+    forced = (named,) if named else tuple(names) if choice == "required" else ()
+    return Tools([] if choice == "none" else functions, forced)
 
 
 async def constraints(
     service: Service, tools: Tools, answer: Constraint | None
 ) -> Callable[[str, str], Constraint | None] | None:
-    """What messages have to match: the answer its format; calls of strict tools, and the one that
-    is forced, the tool's parameters."""
+    """What messages have to match: the answer its format; calls of strict tools, and forced ones,
+    the tool's parameters."""
     strict = {
         f"functions.{function['name']}": _schema(function.get("parameters") or {"type": "object"})
         for function in tools.functions
-        if function.get("strict") or function["name"] == tools.forced
+        if function.get("strict") or function["name"] in tools.forced
     }
     if answer is None and not strict:
         return None

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from ossature.data.harmony import CHANNEL
 from ossature.data.tokenizer import Tokenizer
 from ossature.sample.options import Constraint, SamplingOptions
 from ossature.sample.request import Event, Request
@@ -20,6 +21,8 @@ from ossature.sample.text import Until
 from ossature.talk.reading import Piece, Reader
 from ossature.talk.worker import EngineFailed, Worker
 
+TO_FUNCTION = " to=functions."
+"""In the head of a call, before the name of the function."""
 NEXT_SEED = 0x9E3779B97F4A7C15
 """Between the texts of a request, as the engine has it between samples."""
 
@@ -48,8 +51,8 @@ class Asked:
     """Of the engine's; empty: the model as it is."""
     chat: bool
     """Whether the texts are harmony, after `<|start|>assistant`."""
-    header: Sequence[int] = ()
-    """The end of the prompt, if it has more than that of the first message."""
+    heads: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """By name, the beginning of each call of which the answer has to be one; empty: of none."""
     stop: tuple[str, ...] = ()
     """End the answer of a chat before the first of these, wherever tokens begin."""
     constraint: Callable[[str, str], Constraint | None] | None = None
@@ -79,6 +82,9 @@ class _Text:
     tokens: list[int] = field(default_factory=list)
     finished: str = ""
     constrained: bool = False
+    choosing: bool = False
+    """Whether it says which function it calls."""
+    choice: str = ""
     ticket: int = -1
 
 
@@ -104,7 +110,8 @@ class Texts:
         """Tokens so far, of all texts."""
         self.reasoning = 0
         """Tokens of the channel analysis among them."""
-        together = asked.constraint is None and not asked.stop  # a prompt is then read once
+        # A prompt is then read once.
+        together = asked.constraint is None and not asked.stop and not asked.heads
         try:
             for first in range(0, len(self._texts), samples):
                 texts = self._texts[first : first + samples]
@@ -115,8 +122,11 @@ class Texts:
                     sampling = replace(asked.sampling, samples=1)
                     if sampling.seed is not None:
                         sampling = replace(sampling, seed=sampling.seed + sample * NEXT_SEED)
-                    sampling = replace(sampling, constraint=self._constraint(text))
-                    text.constrained = sampling.constraint is not None
+                    if text.choosing:
+                        sampling = self._choosing(sampling)
+                    else:
+                        sampling = replace(sampling, constraint=self._constraint(text))
+                        text.constrained = sampling.constraint is not None
                     self._submit([text], text.prompt, sampling)
         except BaseException:
             self.close()
@@ -134,12 +144,9 @@ class Texts:
         Raises:
             EngineFailed, TextFailed
         """
-        if self._asked.header:
+        if len(self._asked.heads) == 1:
             for text in self._texts:
-                assert text.reader is not None
-                parser = text.reader.parser
-                begun = Piece(parser.channel, parser.recipient, "", begins=True)
-                yield Said(text.index, "", None, begun)
+                yield self._begun(text)
         while any(not text.finished for text in self._texts):
             ticket, event = await self._queue.get()
             if event is None:
@@ -153,8 +160,50 @@ class Texts:
                 yield said
 
     def _text(self, index: int, prompt: Sequence[int]) -> _Text:
-        reader = Reader(self._tokenizer, self._asked.header) if self._asked.chat else None
-        return _Text(index, prompt, reader, Until(self._asked.stop))
+        reader = Reader(self._tokenizer) if self._asked.chat else None
+        text = _Text(index, prompt, reader, Until(self._asked.stop))
+        text.choosing = len(self._asked.heads) > 1
+        if len(self._asked.heads) == 1:
+            self._call(text, *self._asked.heads)
+        return text
+
+    def _call(self, text: _Text, name: str) -> None:
+        """Let the text be a call of a function."""
+        head = self._asked.heads[name]
+        text.reader, text.prompt = Reader(self._tokenizer, head), [*text.prompt, *head]
+
+    def _begun(self, text: _Text) -> Said:
+        assert text.reader is not None
+        parser = text.reader.parser
+        return Said(text.index, "", None, Piece(parser.channel, parser.recipient, "", begins=True))
+
+    def _choosing(self, sampling: SamplingOptions) -> SamplingOptions:
+        """To write which function is called, and nothing else."""
+        heads = self._asked.heads
+        names = Constraint("regex", f"{TO_FUNCTION.replace('.', '[.]')}({'|'.join(heads)})")
+        return replace(
+            sampling, constraint=names, stop_ids=(self._tokenizer.special[CHANNEL],),
+            max_new_tokens=max(map(len, heads.values())),
+        )  # fmt: skip
+
+    def _chosen(self, text: _Text) -> list[Said]:
+        """Go on with the call of the function that the text has chosen."""
+        del self._of[text.ticket, 0]
+        said, names = text.choice[len(TO_FUNCTION) :], list(self._asked.heads)
+        # In unusual tokens a name may not have come to its end.
+        name = said if said in names else next(n for n in names if n.startswith(said))
+        self._call(text, name)
+        text.choosing, text.constrained = False, True
+        sampling = replace(self._asked.sampling, samples=1, constraint=self._constraint(text))
+        self._submit([text], text.prompt, self._seeded(text, sampling))
+        return [self._begun(text)]
+
+    def _seeded(self, text: _Text, sampling: SamplingOptions) -> SamplingOptions:
+        """For the second part of a text."""
+        if sampling.seed is None:
+            return sampling
+        sample = text.index % self._asked.sampling.samples
+        return replace(sampling, seed=sampling.seed + sample * NEXT_SEED + 1)
 
     def _submit(
         self, texts: Sequence[_Text], prompt: Sequence[int], sampling: SamplingOptions
@@ -178,8 +227,11 @@ class Texts:
 
     def _take(self, text: _Text, event: Event) -> list[Said]:
         assert event.token is not None, "only what nobody waits for is cancelled"
-        text.tokens.append(event.token)
         self.generated += 1
+        if text.choosing:
+            text.choice += event.text
+            return self._chosen(text) if event.finished else []
+        text.tokens.append(event.token)
         if text.reader is None:
             text.finished = event.finished
             return [Said(text.index, event.text, event, None, text.finished)]
@@ -231,8 +283,5 @@ class Texts:
         sampling = replace(
             self._asked.sampling, samples=1, constraint=constraint, max_new_tokens=left
         )
-        if sampling.seed is not None:
-            sample = text.index % self._asked.sampling.samples
-            sampling = replace(sampling, seed=sampling.seed + sample * NEXT_SEED + 1)
         text.constrained = True
-        self._submit([text], [*text.prompt, *text.tokens], sampling)
+        self._submit([text], [*text.prompt, *text.tokens], self._seeded(text, sampling))

@@ -37,6 +37,8 @@ def says(text: str) -> str:
     if "functions.weather to=assistant" in text:
         return answer("It is clear.")
     question = last_question(text)
+    if question.startswith("call "):
+        return CALL.format(question.removeprefix("call "), "{}")
     if "weather" in question:
         head = "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant"
         return THINK.format("hm") + head + CALL.format("weather", '{"city": "Oslo"}')
@@ -150,6 +152,44 @@ def test_a_tool_can_be_forced(there, choice):
     )
     assert json.loads(found.message.tool_calls[0].function.arguments) == {"city": "Oslo"}
     assert found.finish_reason == "tool_calls" and found.message.content is None
+
+
+@pytest.mark.parametrize("wanted", ["weather", "weather_of_the_week", "tides"])
+def test_one_of_several_tools_has_to_be_called(there, wanted):
+    """The model says which, were it by a name that begins with another's; streamed and whole."""
+    pytest.importorskip("llguidance")
+    names = ["tides", "weather", "weather_of_the_week"]
+    tools = [{"type": "function", "function": {**WEATHER, "name": name}} for name in names]
+    asked = {"messages": [{"role": "user", "content": f"call {wanted}"}], "tools": tools}
+    found = ask(there, **asked, tool_choice="required", n=2, seed=1)
+
+    for choice in found.choices:
+        (call,) = choice.message.tool_calls
+        assert call.function.name == wanted and choice.finish_reason == "tool_calls"
+        assert json.loads(call.function.arguments) == {"city": "Oslo"}
+        assert choice.message.content is None
+    assert seen[-1] == rendered(asked["messages"], tools=tools) + (
+        f" to=functions.{wanted}<|channel|>commentary json<|message|>"
+    )
+    calls = [
+        call.function
+        for chunk in ask(there, **asked, tool_choice="required", stream=True)
+        for call in chunk.choices[0].delta.tool_calls or []
+    ]
+    assert [call.name for call in calls if call.name] == [wanted]
+    assert json.loads("".join(call.arguments for call in calls)) == {"city": "Oslo"}
+    flat = [{"type": "function", **tool["function"]} for tool in tools]
+    response = there.client.responses.create(
+        model="toy", input=f"call {wanted}", tools=flat, tool_choice="required"
+    )
+    assert [(item.type, item.name) for item in response.output] == [("function_call", wanted)]
+
+
+def test_a_model_that_wants_to_answer_has_to_call_a_tool_all_the_same(there):
+    pytest.importorskip("llguidance")
+    tools = [{"type": "function", "function": {**WEATHER, "name": name}} for name in "ab"]
+    (call,) = ask(there, tools=tools, tool_choice="required").choices[0].message.tool_calls
+    assert call.function.name in "ab" and json.loads(call.function.arguments) == {"city": "Oslo"}
 
 
 def test_no_tools_are_told_of_if_none_may_be_called(there):
