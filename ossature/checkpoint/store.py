@@ -30,7 +30,10 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from ossature.checkpoint.box import Box
 
@@ -179,6 +182,13 @@ class _Writer(FileSystemWriter):
         # The stock one stores the absolute path of the folder: nobody's business.
         return dcp_metadata.StorageMeta()
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # Between ranks an error travels as a pickle, which has no cause.
+            raise system_error(error) or error from None
+
 
 class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
@@ -274,16 +284,20 @@ def _sentences(folder: Path | str) -> Iterator[None]:
 
 
 def first_failure(failure: CheckpointException) -> tuple[int, BaseException]:
-    """A rank that failed, and why.
-
-    When the disk is full torch fails once more, on closing its file: what the operating system
-    said is behind that.
-    """
+    """A rank that failed, and why."""
     rank, (error, _trace) = next(iter(failure.failures.items()))
+    return rank, system_error(error) or error
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the operating system said, behind an error.
+
+    When the disk is full torch fails once more, on closing its file.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return rank, cause or error
+    return cause
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import traceback
 from pathlib import Path
 
@@ -365,6 +366,26 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_and_no_half_one(
     with pytest.raises(OSError, match="No space left on device"):
         train(small_run(tmp_path, optim__decay_steps=4, checkpoint__asynchronous=asynchronous))
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def _cut_short(_rank: int, _world: int, folder: Path) -> str:
+    """What is said where no file may grow beyond so many bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        store.save_weights(folder, {"weight": torch.ones(100_000)})
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "nothing"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_the_operating_system_said_of_a_file_is_said_on_every_rank(tmp_path, world):
+    """torch says only that it is not where it expects to be in the file."""
+    for said in run_ranks(world, _cut_short, tmp_path):
+        assert said == f"{tmp_path}: rank 0: [Errno 27] File too large"
 
 
 def test_the_balancing_bias_is_off_by_default_and_zero_at_the_end(tmp_path):
