@@ -69,6 +69,11 @@ def check_model(config: ParallelConfig, shape: ModelConfig, seq_len: int) -> Non
     for axis, ranks, name, size in splits:
         if size % ranks:
             raise ValueError(f"parallel.{axis} ({ranks}) must divide {name} ({size})")
+    if (config.tp - 1) * -(-shape.vocab_size // config.tp) >= shape.vocab_size:
+        raise ValueError(
+            f"parallel.tp ({config.tp}) must leave every rank a row of vocab_size "
+            f"({shape.vocab_size})"
+        )
 
 
 def build(axis_sizes: dict[str, int], device_type: str) -> DeviceMesh:

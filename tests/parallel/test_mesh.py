@@ -1,5 +1,7 @@
 """Ranks -> axes: which layouts exist, and what is said of those that do not."""
 
+from dataclasses import replace
+
 import pytest
 
 from ossature.config import ParallelConfig
@@ -59,6 +61,16 @@ def test_a_layout_that_the_model_cannot_have_is_refused_with_both_numbers(given,
         return
     with pytest.raises(ValueError, match=sentence):
         meshes.check_model(ParallelConfig(**given), TINY, seq_len=32)
+
+
+def test_a_vocabulary_of_which_a_rank_would_have_no_row_is_refused():
+    wide = replace(TINY, num_attention_heads=8, num_key_value_heads=4)
+    for size, ranks in [(5, 4), (1, 2)]:  # parts of 2, 2, 1 and none
+        line = rf"parallel.tp \({ranks}\) must leave every rank a row of vocab_size \({size}\)"
+        with pytest.raises(ValueError, match=line):
+            meshes.check_model(ParallelConfig(tp=ranks), replace(wide, vocab_size=size), 32)
+    for size in (4, 7, 97):
+        meshes.check_model(ParallelConfig(tp=4), replace(wide, vocab_size=size), 32)
 
 
 def _views(rank: int, world: int) -> tuple:
