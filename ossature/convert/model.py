@@ -63,8 +63,8 @@ def load_model(
     try:
         if experts == "mxfp4" and not quantize_experts and not is_packed(source):
             raise ValueError(
-                f"{folder}: its experts are not in MXFP4; `ossature convert --to mxfp4` rounds them "
-                "(in Python: quantize_experts=True)"
+                f"{folder}: its experts are not in MXFP4; `ossature convert --to mxfp4` rounds "
+                "them (in Python: quantize_experts=True)"
             )
         with torch.device("meta"):
             model = Transformer(source.config, **forms)
