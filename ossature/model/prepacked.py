@@ -118,9 +118,12 @@ class PrepackedAttention(Attention):
     def project(
         self, x: Float[Tensor, "batch seq hidden"], rotation: Rotation
     ) -> tuple[Float[Tensor, "batch seq heads head_dim"], Tensor, Tensor]:
-        heads = _multiply(x, self.qkv_blocks, self.qkv_bias).unflatten(-1, (-1, self.head_dim))
+        heads = _multiply(x, self.qkv_blocks, self.qkv_bias).view(*x.shape[:2], -1, self.head_dim)
         turned = sum(self.turned)
-        q, k = self.tables.rotate(heads[..., :turned, :], rotation).split(self.turned, -2)
+        # Not split, which takes a detour through Python; and so below.
+        q, k = self.tables.rotate(heads[..., :turned, :], rotation).split_with_sizes(
+            self.turned, -2
+        )
         return q, k, heads[..., turned:, :]
 
 
@@ -195,8 +198,6 @@ class PrepackedExperts(Experts):
     down_blocks: list[Tensor]
     biases: tuple[list[Tensor], list[Tensor]]
     """Of each expert, for the two products."""
-    bounds: tuple[Tensor, Tensor]
-    """Of what comes out of the first product: gates have no lower one."""
 
     @classmethod
     def adopt(cls, experts: Experts) -> None:
@@ -215,10 +216,6 @@ class PrepackedExperts(Experts):
             list(experts.gate_up_bias.detach().unbind()),
             list(experts.down_bias.detach().unbind()),
         )
-        most = torch.full_like(bias[0], experts.limit)
-        least = -most
-        least[: len(least) // 2] = -torch.inf
-        experts.bounds = least, most
 
     def forward(
         self,
@@ -231,16 +228,17 @@ class PrepackedExperts(Experts):
             twins = 2 if x.dtype == torch.float32 else 1
             experts, rows = chosen[0].tolist(), x.expand(twins, -1).contiguous()
             inner = self._activate(torch.cat([self._gate_up(rows, expert) for expert in experts]))
-            pairs = zip(inner.split(twins), experts, strict=True)
-            placed = torch.cat([self._down(part, expert) for part, expert in pairs])[::twins]
+            parts = zip(inner.view(-1, twins, inner.shape[1]).unbind(), experts, strict=True)
+            placed = torch.cat([self._down(part, expert) for part, expert in parts])[::twins]
         elif len(x) <= FEW:
             few = Few(chosen, 1)
-            rows = x[few.pair // few.k]
+            rows = x.index_select(0, few.pair // few.k)
             inner = self._activate(torch.cat([self._gate_up(rows[s], e) for e, s in few.spans]))
-            placed = torch.cat([self._down(inner[s], e) for e, s in few.spans])[few.place]
+            out = torch.cat([self._down(inner[s], e) for e, s in few.spans])
+            placed = out.index_select(0, few.place)
         else:
             order, counts = sort_by_expert(chosen, len(self.down_blocks))
-            rows = x[order // chosen.shape[1]].split(counts.tolist())
+            rows = x.index_select(0, order // chosen.shape[1]).split(counts.tolist())
             # One expert after the other: what is between its products stays in the cache.
             out = [
                 self._down(self._activate(self._gate_up(part, expert)), expert)
@@ -249,8 +247,9 @@ class PrepackedExperts(Experts):
             ]
             place = torch.empty_like(order)
             place[order] = torch.arange(len(order))
-            placed = torch.cat(out)[place]
-        sums = torch.bmm(weights[:, None].float(), placed.unflatten(0, chosen.shape).float())
+            placed = torch.cat(out).index_select(0, place)
+        placed = placed.float().view(*chosen.shape, -1)
+        sums = torch.bmm(weights[:, None].float(), placed)
         return sums[:, 0].to(x.dtype)
 
     def _gate_up(self, rows: Tensor, expert: int) -> Tensor:
@@ -261,7 +260,8 @@ class PrepackedExperts(Experts):
 
     def _activate(self, gate_up: Tensor) -> Tensor:
         """`ossature.model.moe.swiglu` of gates and ups that lie apart."""
-        gate, up = gate_up.clamp_(*self.bounds).chunk(2, -1)
+        gate, up = gate_up.chunk(2, -1)
+        gate, up = gate.clamp_(max=self.limit), up.clamp_(-self.limit, self.limit)
         act = (gate * self.alpha).sigmoid_().mul_(gate)
         return act.addcmul_(act, up)
 

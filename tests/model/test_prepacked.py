@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ossature.model.config import ModelConfig
-from ossature.model.prepacked import can_prepack, prepack, prepacked
+from ossature.model.prepacked import PrepackedLinear, can_prepack, prepack, prepacked
 from ossature.model.transformer import Transformer
 from ossature.sample.generate import generate
 from tests.tiny import SHAPES, random_tokens
@@ -86,6 +86,23 @@ def test_in_float32_all_rows_must_be_of_whole_vectors(sizes: dict[str, int]):
     config = replace(prepackable_model().config, **sizes)
 
     assert not can_prepack(Transformer(config))
+
+
+@torch.no_grad()
+def test_in_float32_a_wide_row_has_the_same_bits_alone_and_among_others():
+    """oneDNN multiplies one row of 4,096 numbers in another way than several."""
+    if not can_prepack(prepackable_model()):
+        pytest.skip("oneDNN's products depend on the number of rows here")
+    linear, x = torch.nn.Linear(4096, 1024).requires_grad_(False), torch.randn(37, 4096)
+    plain = linear(x)
+    PrepackedLinear.adopt(linear)
+
+    together = linear(x)
+
+    torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)
+    for n in (0, 5, 36):
+        assert torch.equal(linear(x[n : n + 1]), together[n : n + 1])
+        assert torch.equal(linear(x[None, n : n + 1]), together[None, n : n + 1])
 
 
 def test_other_models_stay_as_they_are():
