@@ -7,6 +7,7 @@ then the process ends.  A second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -56,11 +57,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._gate.draining:
-            self.force_exit = self.should_exit = True
+            self.give_up()
         self._gate.draining = True
 
     def give_up(self) -> None:
         """End without waiting; may be called by any thread."""
+        # Of each request that is cut off uvicorn would tell where: the last line counts them.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self.force_exit = self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:

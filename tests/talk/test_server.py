@@ -280,6 +280,41 @@ def test_sigterm_under_load_loses_nobody():
     assert answered >= 16 and answered < 60, outcomes
 
 
+def test_a_second_signal_ends_it_at_once_and_counts_who_was_left():
+    slow = SERVER.replace(
+        'answer("to " + last_question(p))', '"<|channel|>final<|message|>" + "a " * 900'
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", slow], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().split(" at ")[1].strip()
+        with (
+            openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=60) as client,
+            concurrent.futures.ThreadPoolExecutor() as pool,
+        ):
+            stream = client.chat.completions.create(model="toy", messages=USER, stream=True)
+            next(stream)
+            whole = pool.submit(client.chat.completions.create, model="toy", messages=USER)
+            until(lambda: "texts_in_flight 2.0" in httpx.get(url[:-3] + "/metrics").text)
+            server.terminate()
+            until(lambda: httpx.get(url[:-3] + "/health").json() == {"status": "draining"})
+            assert server.poll() is None
+            server.terminate()
+            with pytest.raises((httpx.HTTPError, openai.APIConnectionError)):
+                list(stream)
+            with pytest.raises(openai.APIConnectionError):
+                whole.result()
+        _, err = server.communicate(timeout=30)
+    finally:
+        server.kill()
+        server.wait()
+    assert server.returncode == 1
+    assert "left 2" in err and "Traceback" not in err, err
+
+
 def test_adapters_are_models_by_name():
     base, other = Scripted(lambda p: answer("base")), Scripted(lambda p: answer("other"))
     with serving_model(base, adapters={"tuned": other}) as there:
