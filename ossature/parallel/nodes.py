@@ -90,6 +90,8 @@ def check(launch: Launch) -> None:
     for name, bound in least.items():
         if getattr(launch, name) < bound:
             raise ValueError(f"{name} ({getattr(launch, name)}) must be at least {bound}")
+    if not launch.master_addr:
+        raise ValueError("master_addr is empty: give the address of node 0")
     if launch.node_rank >= launch.num_nodes:
         raise ValueError(
             f"node_rank ({launch.node_rank}) must be less than num_nodes ({launch.num_nodes})"
@@ -102,8 +104,12 @@ def read_file(path: Path) -> dict[str, str]:
     """KEY=value lines as a shell would source them: `export`, quotes and # comments are allowed."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text, at byte {error.start}") from None
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         parts = re.fullmatch(

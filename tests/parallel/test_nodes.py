@@ -57,12 +57,19 @@ def test_a_flag_wins_over_a_variable_and_that_over_the_file_and_that_over_the_de
         ("NUM_NODES=$(hostname)\nrm -rf x", "distributed_config.env: NUM_NODES|line 2 is not KEY"),
         ("NUM_NODES=2\nNODE_RANK=2\n", r"node_rank \(2\) must be less than num_nodes \(2\)"),
         ("GPUS_PER_NODE=0\n", r"gpus_per_node \(0\) must be at least 1"),
+        ("MASTER_ADDR=\n", "master_addr is empty: give the address of node 0"),
         ("MASTER_PORT=70000\n", r"master_port \(70000\) must be from 1 to 65535"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(file, text, rule):
     file.write_text(text)
     with pytest.raises(ValueError, match=rule):
+        read(["--config", str(file)], {})
+
+
+def test_a_file_that_is_no_text_is_named(file):
+    file.write_bytes(b"NUM_NODES=\xff\n")
+    with pytest.raises(ValueError, match=r"distributed_config.env: not UTF-8 text, at byte 10$"):
         read(["--config", str(file)], {})
 
 
