@@ -50,13 +50,15 @@ def main(argv: list[str]) -> int:
             settings = {f.name: getattr(options, f.name) for f in fields(TaskOptions)}
             settings |= {"dtype": options.dtype, "adapter": str(options.adapter or "")}
             made = results.to_json(str(folder), settings, found)
+            # Files first: who reads the table may go away (`| head`).
+            if options.output is not None:
+                results.write(options.output, made)
+            if options.plot is not None:
+                plot(found[_needles(options.tasks)[0]], options.plot)
             for line in results.table(made):
                 print(line)
             if options.output is not None:
-                results.write(options.output, made)
                 print(f"wrote {options.output}", file=sys.stderr)
-            if options.plot is not None:
-                plot(found[_needles(options.tasks)[0]], options.plot)
     return 0
 
 

@@ -120,7 +120,7 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("task", "metric", "value", "95 % interval", "items")]
     for name, task in results["tasks"].items():
         for metric, found in task["metrics"].items():
-            interval = f"{found['low']:.4f} - {found['high']:.4f}"
+            interval = _interval(found["low"], found["high"], ".4f")
             rows.append((name, metric, f"{found['value']:.4f}", interval, str(found["count"])))
     return _aligned(rows)
 
@@ -172,10 +172,14 @@ def _paired(before, after, task, twin, metric, items) -> tuple[str, ...]:
     is_mean = math.isclose(found.value, b - a, rel_tol=1e-6, abs_tol=1e-9)
     return (
         *numbers,
-        f"{found.low:+.4f} - {found.high:+.4f}" if is_mean else "-",
+        _interval(found.low, found.high, "+.4f") if is_mean else "-",
         *map(str, (higher, lower, len(differences) - higher - lower)),
         f"{sign_test(higher, lower):.3g}",
     )
+
+
+def _interval(low: float, high: float, form: str) -> str:
+    return "-" if math.isnan(low) or math.isnan(high) else f"{low:{form}} - {high:{form}}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -43,10 +43,13 @@ def wilson(right: int, count: int) -> Interval:
 def bootstrap(values: Sequence[float], weights: Sequence[int | float] | None = None) -> Interval:
     """The (weighted) mean with the percentile interval of means of values drawn again.
 
-    The draws are the same in every call.
+    The draws are the same in every call.  Of one value there is no telling how sure it is: its
+    interval's ends are NaN.
     """
     x = np.asarray(values, dtype=np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
+    if len(x) == 1:
+        return Interval(float(x[0]), math.nan, math.nan)
     drawn = np.random.default_rng(0)
     means = np.empty(RESAMPLES)
     for n in range(RESAMPLES):

@@ -1,6 +1,10 @@
 """The command: its table, its file, its cache, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +58,17 @@ def test_mistakes_are_one_line(folder, capsys, argv, message):
 def test_compare_takes_two_files(capsys):
     assert main(["eval", "--compare", "a.json"]) == 2
     assert "compare: give two files of results, not 1" in capsys.readouterr().err
+
+
+def test_results_are_written_though_nobody_reads_the_table(folder, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "ossature", "eval", str(folder), "--tasks", "arithmetic"]
+    words += ["--limit", "1", "--output", str(tmp_path / "x.json")]
+    root = Path(__file__).parents[2]
+    subprocess.run(words, stdout=writer, stderr=subprocess.DEVNULL, cwd=root, timeout=60)
+    os.close(writer)
+    assert "arithmetic" in json.loads((tmp_path / "x.json").read_text())["tasks"]
 
 
 def test_answers_of_one_gguf_file_are_not_anothers(folder, tmp_path):

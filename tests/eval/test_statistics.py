@@ -49,6 +49,12 @@ def test_a_bootstraps_interval_is_that_of_the_normal_for_many_values():
     assert bootstrap(values) == found
 
 
+def test_one_value_alone_has_no_interval_and_one_answer_has_a_wide_one():
+    value, low, high = bootstrap([2.5])
+    assert value == 2.5 and math.isnan(low) and math.isnan(high)
+    assert mean([1.0]).low == pytest.approx(0.2065, abs=1e-4)
+
+
 def test_weights_count():
     assert bootstrap([1.0, 4.0], [3.0, 1.0]).value == 1.75
     assert mean([0.0, 1.0, 1.0, 1.0]) == wilson(3, 4)
