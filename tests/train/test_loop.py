@@ -268,6 +268,20 @@ def test_fp16_lowers_its_loss_scale_and_does_not_give_up(tmp_path, monkeypatch):
     assert lines[-1]["skipped_steps"] == 3
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
+def test_moments_are_of_gradients_without_the_loss_scale(tmp_path, clip):
+    """AdamW's steps would not show it: they do not depend on the size of gradients."""
+    config = small_run(tmp_path, precision="fp16", steps=1, optim__warmup_steps=0, optim__clip=clip)
+    folder = train(config)
+    assert folder is not None
+    moments = tensors(folder).items()
+    squares = sum(x.square().sum() for name, x in moments if name.endswith(".exp_avg"))
+    norm = records(tmp_path)[0]["grad_norm"]
+    assert 1 < norm < 100
+    expected = (1 - config.optim.beta1) * min(norm, clip or norm)
+    assert math.sqrt(squares) == pytest.approx(expected, rel=1e-4)
+
+
 def test_precisions_agree(tmp_path):
     for precision in ("fp32", "bf16", "fp16"):
         train(small_run(tmp_path / precision, precision=precision))
