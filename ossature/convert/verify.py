@@ -143,7 +143,7 @@ def differences(one: Source, other: Source, rank: int = 0, world: int = 1) -> It
     yield from value_differences(one, other, set(one.names()[rank::world]))
 
 
-# What OpenAI's config.json has no place for, and no number depends on.
+# What OpenAI's config.json and a GGUF file may have no place for, and no number depends on.
 _ADVICE = {
     "initializer_range", "router_aux_loss_coef", "max_position_embeddings",
     "eos_token_id", "pad_token_id", "bos_token_id",
@@ -151,9 +151,12 @@ _ADVICE = {
 
 
 def config_differences(one: Source, other: Source) -> Iterator[Difference]:
+    lacking = {"openai", "gguf"} & {one.format, other.format}
     for entry in fields(one.config):
         ours, theirs = getattr(one.config, entry.name), getattr(other.config, entry.name)
-        if ours != theirs and entry.name not in _ADVICE:
+        # A token that only one of them names is filled in from a tokenizer on the way.
+        told = entry.name.endswith("token_id") and not lacking and None not in (ours, theirs)
+        if ours != theirs and (told or entry.name not in _ADVICE):
             yield Difference(f"config.json: {entry.name}", f"{ours} and {theirs}")
 
 

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ossature.config import ParallelConfig
+from ossature.convert.base import identity, read_base
 from ossature.convert.model import load_adapter
 from ossature.convert.open import open_model
 from ossature.data.tokenizer import Tokenizer
@@ -128,7 +129,13 @@ def open_subject(
             f"{model.config.vocab_size}; is this the model's tokenizer?"
         )
     if options.adapter is not None:
-        load_adapter(model, options.adapter)
+        base = read_base(load_adapter(model, options.adapter).folder)
+        if base is not None and base.identity != identity(folder):
+            print(
+                f"warning: {options.adapter}: the adapter was trained on "
+                f"{base.folder or 'random weights'}, and the weights in {folder} are others",
+                file=sys.stderr,
+            )
     adapter = "" if options.adapter is None else weights_fingerprint(options.adapter)
     owner = {
         "weights": weights_fingerprint(folder), "adapter": adapter, "dtype": options.dtype,

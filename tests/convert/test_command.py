@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +139,19 @@ def test_verify_names_what_is_in_one_only_and_what_the_configs_say(
     assert f"blocks.3.moe_norm.weight: only in {bf16}\n" in out
     assert run("verify", tmp_path / "short", bf16) == 1
     assert f"blocks.3.moe_norm.weight: only in {bf16}\n" in capsys.readouterr().out
+
+
+def test_verify_sees_another_end_of_texts(bf16: Path, tmp_path: Path, capsys):
+    """No number hangs on it, and every answer does."""
+    other = tmp_path / "other"
+    shutil.copytree(bf16, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "eos_token_id": 5}))
+    first = tmp_path / "first"
+    shutil.copytree(bf16, first)
+    (first / "config.json").write_text(json.dumps({**config, "eos_token_id": 4}))
+    assert run("verify", first, other) == 1
+    assert "config.json: eos_token_id: 4 and 5" in capsys.readouterr().out
 
 
 def test_verify_tells_other_bytes_from_other_numbers(mxfp4: Path, tmp_path: Path, capsys):

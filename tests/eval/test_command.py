@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ossature.cli import main
+from ossature.convert.base import Base, identity
 from ossature.eval.subject import Subject, weights_fingerprint
 
 
@@ -77,3 +80,15 @@ def test_answers_of_one_gguf_file_are_not_anothers(folder, tmp_path):
     one.write_bytes(b"1")
     other.write_bytes(b"22")
     assert len({weights_fingerprint(path) for path in (one, other, folder)}) == 3
+
+
+def test_an_adapter_of_another_base_is_asked_and_said(folder, tmp_path, capsys, monkeypatch):
+    """Shapes cannot tell, and its answers would be taken for the adapter's."""
+    base = Base("elsewhere", "0" * 32, 0, False, False)
+    monkeypatch.setattr("ossature.eval.subject.load_adapter", lambda *_: SimpleNamespace(folder=1))
+    for found, warned in ((base, True), (replace(base, identity=identity(folder)), False)):
+        monkeypatch.setattr("ossature.eval.subject.read_base", lambda _, found=found: found)
+        argv = ["eval", str(folder), "--tasks", "arithmetic", "--limit", "1"]
+        assert main([*argv, "--adapter", str(tmp_path)]) == 0
+        said = capsys.readouterr().err
+        assert ("was trained on elsewhere, and the weights in" in said) == warned
