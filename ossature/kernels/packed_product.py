@@ -39,8 +39,8 @@ def packed_product(rows: Tensor, counts: Tensor, blocks: Tensor, scales: Tensor)
     # The interpreter cannot multiply bfloat16; in float32 the same numbers are multiplied.
     kind = tl.bfloat16 if rows.is_cuda and rows.dtype == torch.bfloat16 else tl.float32
     _multiply[(len(expert), triton.cdiv(out, OUT))](  # pyright: ignore[reportIndexIssue]
-        rows, result, blocks, scales, expert, first, end, out, groups,
-        kind, ROWS, OUT, GROUPS,  # pyright: ignore[reportArgumentType]
+        rows, result, blocks, scales, expert, first, end, out,
+        groups, kind, ROWS, OUT, GROUPS,  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     return result
 
@@ -71,8 +71,9 @@ def _value(code):
 
 @triton.jit
 def _multiply(
-    rows, result, blocks, scales, experts, firsts, ends, out, groups,
-    KIND: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr,
+    rows, result, blocks, scales, experts, firsts, ends, out,
+    groups: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     expert = tl.load(experts + tile)  # 64 bits: what follows is too large for 32

@@ -144,8 +144,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ossature.kernels.packed_product import _multiply
 types = {"rows": sys.argv[1], "result": sys.argv[1], "blocks": "*u8", "scales": "*u8",
-         "experts": "*i64", "firsts": "*i64", "ends": "*i64", "out": "i32", "groups": "i32"}
-fixed = {"KIND": tl.bfloat16 if sys.argv[1] == "*bf16" else tl.float32,
+         "experts": "*i64", "firsts": "*i64", "ends": "*i64", "out": "i32"}
+fixed = {"groups": 90, "KIND": tl.bfloat16 if sys.argv[1] == "*bf16" else tl.float32,
          "ROWS": 16, "OUT": 64, "GROUPS": 4}
 source = ASTSource(_multiply, types | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
 made = compile(source, target=GPUTarget("cuda", int(sys.argv[2]), 32))
