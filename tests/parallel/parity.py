@@ -74,7 +74,9 @@ def _compare(
     return results
 
 
-def worst(world: int, layouts: list[Layout], plant=None) -> list[dict[str, float]]:
+def worst(
+    world: int, layouts: list[Layout], plant=None, seconds: int = 180
+) -> list[dict[str, float]]:
     """For each layout, the error of everything, each the largest over the ranks.
 
     Args:
@@ -83,7 +85,7 @@ def worst(world: int, layouts: list[Layout], plant=None) -> list[dict[str, float
     cases = [layout.case().alone() for layout in layouts]
     true = {case: prove.reference(case) for case in cases}
     # As bytes: every tensor among the arguments of a process would be a file of shared memory.
-    ranks = run_ranks(world, _compare, layouts, pickle.dumps(true), plant, seconds=180)
+    ranks = run_ranks(world, _compare, layouts, pickle.dumps(true), plant, seconds=seconds)
     by_layout = zip(*ranks, strict=True)
     return [
         prove.largest_of_ranks(results, true[case])

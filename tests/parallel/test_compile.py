@@ -16,6 +16,8 @@ from tests.small_runs import small_run
 ON = {"compile": True}
 FULL = {"compile": True, "recompute": "full"}
 SELECTIVE = {"compile": True, "recompute": "selective"}
+SECONDS = 600
+"""Compilation takes minutes where nothing has been compiled before."""
 
 
 @pytest.mark.slow
@@ -26,7 +28,7 @@ def test_compiled_blocks_of_two_ranks_find_what_one_process_finds():
         Layout({}, changes=SELECTIVE),
         Layout({"tp": 2, "ep": 2}, changes=FULL),
         Layout({"ep": 2}, changes=ON),
-    ])  # fmt: skip
+    ], SECONDS)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -36,7 +38,7 @@ def test_compiled_blocks_of_split_sequences_and_experts_find_what_one_process_fi
         Layout({"cp": 2, "ep": 2}, changes=FULL),
         Layout({"etp": 2}, changes=FULL),
         Layout({"tp": 2, "etp": 2}, changes=ON),
-    ])  # fmt: skip
+    ], SECONDS)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -46,7 +48,7 @@ def test_compiled_blocks_of_stages_find_what_one_process_finds():
         Layout({"pp": 2}, DEEP, SELECTIVE),
         Layout({"pp": 2, "pp_schedule": "Interleaved1F1B"}, DEEP, FULL),
         Layout({"pp": 2, "pp_schedule": "ZBVZeroBubble"}, DEEP, FULL),
-    ])  # fmt: skip
+    ], SECONDS)  # fmt: skip
 
 
 def plant(_fault: str, patch: pytest.MonkeyPatch) -> None:

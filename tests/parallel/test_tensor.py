@@ -18,8 +18,8 @@ ODD = replace(TINY, vocab_size=97)
 """A vocabulary that divides by nothing."""
 
 
-def check(world: int, layouts: list[Layout]) -> None:
-    for layout, errors in zip(layouts, parity.worst(world, layouts), strict=True):
+def check(world: int, layouts: list[Layout], seconds: int = 180) -> None:
+    for layout, errors in zip(layouts, parity.worst(world, layouts, seconds=seconds), strict=True):
         assert parity.largest(errors) < (1e-4, ""), layout
 
 
